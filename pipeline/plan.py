@@ -1,0 +1,111 @@
+"""plan: input files -> shards. Pure and deterministic; saved with the run and reused on resume.
+
+In: footers of the input's Parquet files. Out: ``Plan``, the list of shards. A shard is a range of
+rows of one file: one read task, one block, one output part, one commit. Shards are capped in rows
+and bytes, and shrink towards the end of the input so that the last ones finish together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+_TAIL_DIVISOR = 16
+"""A shard takes at most 1/16 of the rows still to plan: the tail's last shards are small."""
+_MIN_ROWS = 32
+"""No shard is cut below this for the tail's sake: each costs a PUT and a footer."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One input file as its footer describes it."""
+
+    uri: str
+    size: int
+    """Bytes stored."""
+    version: str
+    """ETag or modification time."""
+    rows: int
+    data_bytes: int
+    """Bytes of all columns, decompressed, by the footer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of rows of one file."""
+
+    index: int
+    uri: str
+    first_row: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole run, cut into shards that cover every row of every file exactly once."""
+
+    files: tuple[InputFile, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def rows(self) -> int:
+        """Input rows."""
+        return sum(file.rows for file in self.files)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the input files: name, size, version and rows."""
+        listing = json.dumps([asdict(file) for file in self.files], sort_keys=True)
+        return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+    def to_json(self) -> str:
+        """The plan as saved with the run; shards as [file number, first row, rows]."""
+        numbers = {file.uri: number for number, file in enumerate(self.files)}
+        return json.dumps(
+            {
+                "files": [asdict(file) for file in self.files],
+                "shards": [[numbers[s.uri], s.first_row, s.rows] for s in self.shards],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """The inverse of ``to_json``."""
+        document = json.loads(text)
+        files = tuple(InputFile(**file) for file in document["files"])
+        shards = tuple(
+            Shard(index, files[number].uri, first_row, rows)
+            for index, (number, first_row, rows) in enumerate(document["shards"])
+        )
+        return cls(files, shards)
+
+
+def make_plan(files: Sequence[InputFile], *, shard_rows: int, shard_bytes: int) -> Plan:
+    """Cut ``files``, in the order given, into shards.
+
+    An input without rows becomes one empty shard, so that the output is a readable, empty table.
+    """
+    shards = [
+        Shard(index, uri, first_row, rows)
+        for index, (uri, first_row, rows) in enumerate(_cut(files, shard_rows, shard_bytes))
+    ]
+    if not shards and files:
+        shards = [Shard(0, files[0].uri, 0, 0)]
+    return Plan(tuple(files), tuple(shards))
+
+
+def _cut(
+    files: Sequence[InputFile], shard_rows: int, shard_bytes: int
+) -> Iterator[tuple[str, int, int]]:
+    left = sum(file.rows for file in files)
+    for file in files:
+        row_bytes = max(1, file.data_bytes // max(1, file.rows))
+        by_bytes = max(1, shard_bytes // row_bytes)
+        first = 0
+        while first < file.rows:
+            by_tail = max(_MIN_ROWS, left // _TAIL_DIVISOR)
+            rows = min(shard_rows, by_bytes, by_tail, file.rows - first)
+            yield file.uri, first, rows
+            first += rows
+            left -= rows

@@ -1,0 +1,159 @@
+"""prepare: input rows -> Prepared | Failure, on CPU tasks, before any engine is involved.
+
+In: one shard's input block. Out: its prepared block: parameters checked, images fetched and
+sized, the chat rendered and tokenized, tokens counted, seeds derived. What is wrong with a row is
+found here and costs that row only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import ErrorCode, RowError
+from pipeline.fetch import Fetched, ImageFetcher, check_size
+from pipeline.images import image_size
+from pipeline.messages import Chat, parse_chat
+from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
+from pipeline.read import InputColumns
+from pipeline.records import Failure, Prepared, block_shard, carried_columns, prepared_block
+from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
+from pipeline.seeds import derive_seed
+
+_SEED_LIMIT = 2**63  # engines take signed 64-bit seeds, ours are never negative
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSpec:
+    """What prepare needs to know of the run; small and picklable."""
+
+    model: ModelSpec
+    columns: InputColumns
+    sampling: SamplingDefaults
+    run_seed: int
+    max_image_pixels: int
+    fetcher: ImageFetcher
+
+
+@dataclass(frozen=True, slots=True)
+class _Parsed:
+    """A row whose request has been understood but not yet rendered."""
+
+    row: int
+    custom_id: str
+    chat: Chat
+    sampling: SamplingDefaults
+
+
+def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
+    """One shard's prepared block; row order and count are kept.
+
+    Raises:
+        StorageError, ConfigError: the model's files cannot be read on this node.
+    """
+    prompts = load_prompt_format(spec.model)
+    shard = block_shard(block)
+    rows = _input_rows(block, spec.columns)
+    parsed = [_parse(number, row, spec, shard.uri) for number, row in rows]
+    images = spec.fetcher.fetch(
+        source
+        for item in parsed
+        if isinstance(item, _Parsed)
+        for source in item.chat.images
+        if isinstance(source, str)
+    )
+    items = [
+        item if isinstance(item, Failure) else _prepare(item, images, prompts, spec)
+        for item in parsed
+    ]
+    return prepared_block(shard, items, _carried(block, spec.columns))
+
+
+def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[str, Any]]]:
+    """(row number, {our name: value}) of each row; columns a file lacks are absent."""
+    struct = block.column("row").combine_chunks()
+    struct = struct.chunk(0) if isinstance(struct, pa.ChunkedArray) else struct
+    names = {field.name for field in struct.type}
+    present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
+    table = pa.table({ours: struct.field(theirs) for ours, theirs in present.items()})
+    return list(zip(block.column("input_row").to_pylist(), table.to_pylist(), strict=True))
+
+
+def _carried(block: pa.Table, columns: InputColumns) -> pa.Table:
+    everything = carried_columns(block.rename_columns({"row": "carried"}))
+    return everything.select(columns.carried.names).cast(columns.carried)
+
+
+def _parse(
+    number: int, row: Mapping[str, Any], spec: PrepareSpec, input_file: str
+) -> _Parsed | Failure:
+    given = row.get("custom_id")
+    custom_id = f"{storage.name(input_file)}:{number}" if given is None else str(given)
+    try:
+        sampling = parse_row_sampling(row.get("sampling"))
+        chat = parse_chat(row.get("prompt"), row.get("messages"), row.get("images"))
+    except RowError as error:
+        seed = derive_seed(spec.run_seed, custom_id, 0)
+        return Failure(number, custom_id, error.code, error.message, seed)
+    return _Parsed(number, custom_id, chat, sampling)
+
+
+def _prepare(
+    item: _Parsed, fetched: Mapping[str, Fetched], prompts: PromptFormat, spec: PrepareSpec
+) -> Prepared | Failure:
+    sampling = resolve(spec.sampling, item.sampling)
+    seeds = _seeds(item, sampling.n, spec)
+    try:
+        images = tuple(_image(source, fetched, spec) for source in item.chat.images)
+        token_ids = prompts.tokenize(item.chat.messages)
+        image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
+        prompt_tokens = len(token_ids) - len(images) + image_tokens
+        _check_length(prompt_tokens, prompts.max_model_len)
+    except RowError as error:
+        return Failure(item.row, item.custom_id, error.code, error.message, seeds[0])
+    return Prepared(
+        input_row=item.row,
+        custom_id=item.custom_id,
+        token_ids=token_ids,
+        images=images,
+        image_tokens=image_tokens,
+        prompt_tokens=prompt_tokens,
+        sampling=sampling,
+        seeds=seeds,
+    )
+
+
+def _seeds(item: _Parsed, samples: int, spec: PrepareSpec) -> tuple[int, ...]:
+    """One seed per sample: the row's own plus the sample's index, else derived."""
+    own = item.sampling.seed if item.sampling.seed is not None else spec.sampling.seed
+    if own is None:
+        return tuple(derive_seed(spec.run_seed, item.custom_id, i) for i in range(samples))
+    return tuple((own + i) % _SEED_LIMIT for i in range(samples))
+
+
+def _image(source: bytes | str, fetched: Mapping[str, Fetched], spec: PrepareSpec) -> bytes:
+    found = fetched[source] if isinstance(source, str) else source
+    if isinstance(found, RowError):
+        raise found
+    return check_size(found, spec.fetcher.max_bytes)
+
+
+def _count_image_tokens(
+    images: tuple[bytes, ...], token_ids: list[int], prompts: PromptFormat, spec: PrepareSpec
+) -> int:
+    prompts.check_images(token_ids, len(images))
+    sizes = [image_size(data, max_pixels=spec.max_image_pixels) for data in images]
+    return sum(prompts.images.tiling.tokens(*size) for size in sizes) if prompts.images else 0
+
+
+def _check_length(prompt_tokens: int, max_model_len: int) -> None:
+    if prompt_tokens >= max_model_len:
+        raise RowError(
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            f"the prompt has {prompt_tokens} tokens; the engine's max_model_len is "
+            f"{max_model_len}, and one must be left for the completion",
+        )

@@ -1,0 +1,282 @@
+"""The typed records that travel between steps, and their Arrow forms.
+
+    read -> prepare      input block: shard, input_row, row (a struct of the input's columns)
+    prepare -> generate  prepared block: a Prepared or a Failure per input row, carried columns
+    generate -> commit   part: one row per record, OUTPUT_SCHEMA, then the carried columns
+
+Every block holds exactly one shard. Conversions are lossless and need no schema inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+import pyarrow as pa
+
+from pipeline.errors import ErrorCode
+from pipeline.plan import Shard
+from pipeline.sampling import Sampling
+
+
+class Status(StrEnum):
+    """How a row ended (contract)."""
+
+    SUCCEEDED = "succeeded"
+    ERRORED = "errored"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A row that is ready for an engine."""
+
+    input_row: int
+    custom_id: str
+    token_ids: Sequence[int]
+    """Prompt tokens with one image token per image; the engine expands those."""
+    images: tuple[bytes, ...]
+    """Encoded images, in the order of the prompt's image tokens."""
+    image_tokens: int
+    """Prompt tokens the images take, markers included."""
+    prompt_tokens: int
+    """Prompt tokens after expansion, as the engine will count them."""
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    """One per sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A row, or one sample of it, that ended without a completion."""
+
+    input_row: int
+    custom_id: str
+    code: ErrorCode
+    message: str
+    seed: int
+    sample_index: int = 0
+    attempts: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sample of a row, as the engine returned it."""
+
+    input_row: int
+    custom_id: str
+    sample_index: int
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    image_tokens: int
+    seed: int
+    latency_s: float
+    attempts: int = 1
+
+
+Outcome = Completion | Failure
+
+OUTPUT_SCHEMA = pa.schema(
+    [
+        ("custom_id", pa.string()),
+        ("sample_index", pa.int32()),
+        ("status", pa.string()),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("total_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("image_tokens", pa.int64()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        ("attempts", pa.int32()),
+        ("latency_s", pa.float64()),
+        ("input_file", pa.string()),
+        ("input_row", pa.int64()),
+    ]
+)
+
+_SHARD_TYPE = pa.struct(
+    [("index", pa.int32()), ("uri", pa.string()), ("first_row", pa.int64()), ("rows", pa.int64())]
+)
+_PREPARED_FIELDS = [
+    ("shard", _SHARD_TYPE),
+    ("input_row", pa.int64()),
+    ("custom_id", pa.string()),
+    ("token_ids", pa.large_list(pa.int32())),
+    ("images", pa.large_list(pa.large_binary())),
+    ("image_tokens", pa.int64()),
+    ("prompt_tokens", pa.int64()),
+    ("sampling", pa.string()),
+    ("seeds", pa.list_(pa.int64())),
+    ("error_code", pa.string()),
+    ("error_message", pa.string()),
+]
+
+
+def carried_names(names: Sequence[str]) -> dict[str, str]:
+    """Input column -> output column; a clash with ours gets the prefix ``input_`` (contract)."""
+    taken = set(OUTPUT_SCHEMA.names)
+    renamed: dict[str, str] = {}
+    for column in names:
+        output = column
+        while output in taken:
+            output = f"input_{output}"
+        taken.add(output)
+        renamed[column] = output
+    return renamed
+
+
+def input_block(shard: Shard, columns: pa.Table) -> pa.Table:
+    """One shard's input rows; the user's columns sit in a struct, where no name can clash."""
+    rows = columns.num_rows
+    return pa.table(
+        {
+            "shard": pa.array([asdict(shard)] * rows, _SHARD_TYPE),
+            "input_row": pa.array(range(shard.first_row, shard.first_row + rows), pa.int64()),
+            "row": _to_struct(columns),
+        }
+    )
+
+
+def block_shard(block: pa.Table) -> Shard:
+    """The shard a block belongs to."""
+    return Shard(**block.column("shard")[0].as_py())
+
+
+def prepared_block(
+    shard: Shard, items: Sequence[Prepared | Failure], carried: pa.Table
+) -> pa.Table:
+    """Prepared rows of one shard, in input order, with the columns to carry beside them."""
+    ready = [item if isinstance(item, Prepared) else None for item in items]
+    failed = [item if isinstance(item, Failure) else None for item in items]
+    values: dict[str, list[object]] = {
+        "shard": [asdict(shard)] * len(items),
+        "input_row": [item.input_row for item in items],
+        "custom_id": [item.custom_id for item in items],
+        "token_ids": [item and item.token_ids for item in ready],
+        "images": [item and item.images for item in ready],
+        "image_tokens": [item.image_tokens for item in items],
+        "prompt_tokens": [item.prompt_tokens for item in items],
+        "sampling": [item and item.sampling.model_dump_json() for item in ready],
+        "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
+        "error_code": [item and str(item.code) for item in failed],
+        "error_message": [item and item.message for item in failed],
+    }
+    columns = {name: pa.array(values[name], type_) for name, type_ in _PREPARED_FIELDS}
+    return pa.table({**columns, "carried": _to_struct(carried)})
+
+
+def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
+    """The inverse of ``prepared_block`` (without the carried columns)."""
+    return [
+        _prepared(row) if row["error_code"] is None else _failure(row)
+        for row in block.drop_columns(["shard", "carried"]).to_pylist()
+    ]
+
+
+def carried_columns(block: pa.Table) -> pa.Table:
+    """The carried columns of a prepared block, as a table in input order."""
+    column = block.column("carried").combine_chunks()
+    struct = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    names = [field.name for field in struct.type]
+    return pa.table({name: struct.field(i) for i, name in enumerate(names)})
+
+
+def part_table(
+    shard: Shard, outcomes: Iterable[Outcome], carried: pa.Table, *, model: str
+) -> pa.Table:
+    """All records of one shard in order of (row, sample), then the carried columns."""
+    ordered = sorted(outcomes, key=lambda outcome: (outcome.input_row, outcome.sample_index))
+    records = [_record(outcome, model, shard.uri) for outcome in ordered]
+    table = pa.Table.from_pylist(records, schema=OUTPUT_SCHEMA)
+    positions = pa.array([outcome.input_row - shard.first_row for outcome in ordered], pa.int64())
+    taken = carried.take(positions) if carried.num_columns else carried
+    for source, output in carried_names(carried.column_names).items():
+        table = table.append_column(output, taken.column(source))
+    return table
+
+
+def _prepared(row: dict[str, object]) -> Prepared:
+    return Prepared(
+        input_row=row["input_row"],  # type: ignore[arg-type]
+        custom_id=row["custom_id"],  # type: ignore[arg-type]
+        token_ids=row["token_ids"],  # type: ignore[arg-type]
+        images=tuple(row["images"]),  # type: ignore[arg-type]
+        image_tokens=row["image_tokens"],  # type: ignore[arg-type]
+        prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
+        sampling=Sampling.model_validate_json(row["sampling"]),  # type: ignore[arg-type]
+        seeds=tuple(row["seeds"]),  # type: ignore[arg-type]
+    )
+
+
+def _failure(row: dict[str, object]) -> Failure:
+    return Failure(
+        input_row=row["input_row"],  # type: ignore[arg-type]
+        custom_id=row["custom_id"],  # type: ignore[arg-type]
+        code=ErrorCode(row["error_code"]),  # type: ignore[arg-type]
+        message=row["error_message"],  # type: ignore[arg-type]
+        seed=row["seeds"][0],  # type: ignore[index]
+        prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
+        image_tokens=row["image_tokens"],  # type: ignore[arg-type]
+    )
+
+
+def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
+    common: dict[str, object] = {
+        "custom_id": outcome.custom_id,
+        "sample_index": outcome.sample_index,
+        "prompt_tokens": outcome.prompt_tokens,
+        "image_tokens": outcome.image_tokens,
+        "seed": outcome.seed,
+        "model": model,
+        "attempts": outcome.attempts,
+        "input_file": input_file,
+        "input_row": outcome.input_row,
+    }
+    if isinstance(outcome, Failure):
+        return {
+            **common,
+            "status": Status.ERRORED,
+            "completion_tokens": 0,
+            "total_tokens": outcome.prompt_tokens,
+            "cached_tokens": 0,
+            "error_code": outcome.code,
+            "error_message": outcome.message,
+        }
+    return {
+        **common,
+        "status": Status.SUCCEEDED,
+        "text": outcome.text,
+        "finish_reason": outcome.finish_reason,
+        "completion_tokens": outcome.completion_tokens,
+        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+        "cached_tokens": outcome.cached_tokens,
+        "latency_s": outcome.latency_s,
+    }
+
+
+def _to_struct(table: pa.Table) -> pa.Array:
+    if table.num_columns == 0:
+        return pa.array([{}] * table.num_rows, pa.struct([]))
+    columns = [_one_array(column) for column in table.columns]
+    return pa.StructArray.from_arrays(columns, fields=list(table.schema))
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    combined = column.combine_chunks()
+    if isinstance(combined, pa.ChunkedArray):
+        if combined.num_chunks != 1:
+            raise ValueError("a column of one shard exceeds Arrow's 2 GiB; lower limits.shard_rows")
+        return combined.chunk(0)
+    return combined

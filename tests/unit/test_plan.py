@@ -1,0 +1,75 @@
+"""Plans: every row in exactly one shard, whatever the files; the same input gives the same plan."""
+
+import random
+
+import pytest
+
+from pipeline.plan import InputFile, Plan, make_plan
+
+
+def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
+    return InputFile(f"s3://b/{name}.parquet", rows * row_bytes, "v1", rows, rows * row_bytes)
+
+
+def covered(plan: Plan) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for shard in plan.shards:
+        rows.setdefault(shard.uri, []).extend(range(shard.first_row, shard.first_row + shard.rows))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_row_of_every_file_is_in_exactly_one_shard(seed: int) -> None:
+    dice = random.Random(seed)
+    files = [file(f"f{i}", dice.choice([0, 1, 5, 700, 3000])) for i in range(dice.randint(1, 6))]
+    plan = make_plan(files, shard_rows=dice.choice([1, 7, 512]), shard_bytes=2**20)
+    rows = covered(plan)
+    for each in files:
+        assert rows.get(each.uri, []) == list(range(each.rows))
+    assert [shard.index for shard in plan.shards] == list(range(len(plan.shards)))
+
+
+def test_shards_respect_both_caps() -> None:
+    plan = make_plan([file("a", 10_000, row_bytes=50_000)], shard_rows=512, shard_bytes=2**20)
+    assert max(shard.rows for shard in plan.shards) == 2**20 // 50_000
+    wide = make_plan([file("a", 1_000_000)], shard_rows=512, shard_bytes=2**30)
+    assert max(shard.rows for shard in wide.shards) == 512
+
+
+def test_a_row_larger_than_the_byte_cap_still_gets_a_shard() -> None:
+    plan = make_plan([file("a", 3, row_bytes=2**30)], shard_rows=512, shard_bytes=2**20)
+    assert [shard.rows for shard in plan.shards] == [1, 1, 1]
+
+
+def test_shards_shrink_towards_the_end() -> None:
+    shards = make_plan([file("a", 20_000)], shard_rows=512, shard_bytes=2**30).shards
+    sizes = [shard.rows for shard in shards]
+    assert sizes[0] == 512
+    assert sizes[-2] <= 32
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_ten_million_rows_are_planned_in_a_blink_and_saved_compactly() -> None:
+    plan = make_plan(
+        [file(f"f{i}", 10_000) for i in range(1000)], shard_rows=512, shard_bytes=2**30
+    )
+    assert plan.rows == 10_000_000
+    assert len(plan.to_json()) < 2_000_000
+
+
+def test_an_input_without_rows_is_one_empty_shard() -> None:
+    plan = make_plan([file("a", 0), file("b", 0)], shard_rows=512, shard_bytes=2**20)
+    assert [(shard.first_row, shard.rows) for shard in plan.shards] == [(0, 0)]
+
+
+def test_a_saved_plan_comes_back_the_same() -> None:
+    plan = make_plan([file("a", 3000), file("b", 17)], shard_rows=100, shard_bytes=2**20)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_fingerprint_follows_the_files_not_the_shards() -> None:
+    files = [file("a", 100)]
+    one = make_plan(files, shard_rows=10, shard_bytes=2**20)
+    other = make_plan(files, shard_rows=50, shard_bytes=2**20)
+    changed = make_plan([file("a", 101)], shard_rows=10, shard_bytes=2**20)
+    assert one.fingerprint() == other.fingerprint() != changed.fingerprint()

@@ -125,6 +125,15 @@ def list_files(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> list[FileEntry
     return sorted(entries, key=lambda entry: entry.uri)
 
 
+def list_folder(uri: str) -> list[str]:
+    """URIs of the files directly in the folder ``uri``, whatever their names, sorted."""
+    with _translated(uri, "list"):
+        fs, path = _filesystem(uri)
+        fs.invalidate_cache()
+        found = fs.ls(path, detail=True)
+    return sorted(fs.unstrip_protocol(info["name"]) for info in found if info["type"] == "file")
+
+
 def read_bytes(uri: str, *, limit: int | None = None) -> bytes:
     """The object at ``uri``; at most ``limit`` bytes of it when given.
 

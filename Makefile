@@ -1,0 +1,44 @@
+# make help lists the targets.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart check test cluster-up cluster-status cluster-down nightly clean
+CONFIG ?= jobs/configs/quickstart.yaml
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup:  ## install into .venv (instant where nothing changed)
+	@$(PYTHON) cluster/install.py
+
+quickstart: setup  ## the whole pipeline on a mini-cluster, from nothing to out/quickstart/
+	@$(BIN)/python -m cluster.quickstart
+
+check: setup  ## ruff, format, mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+cluster-up: setup  ## start a mini-cluster that stays up (S3, Ray head, 2 nodes)
+	@$(BIN)/python -m cluster.local up
+
+cluster-status:  ## what of the mini-cluster is alive, and its URLs
+	@$(BIN)/python -m cluster.local status
+
+cluster-down:  ## stop the mini-cluster
+	@$(BIN)/python -m cluster.local down
+
+nightly:  ## submit the nightly job to the mini-cluster (CONFIG=jobs/configs/quickstart.yaml)
+	@test -f .cluster/env || { echo "no mini-cluster is up: run make cluster-up first" >&2; exit 2; }
+	@. .cluster/env && $(BIN)/python -m cluster.sample && \
+	  $(BIN)/ray job submit --working-dir . -- $(abspath $(BIN))/python -m jobs.nightly --config $(CONFIG)
+
+clean:  ## remove caches and outputs; .venv stays
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find pipeline jobs cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +

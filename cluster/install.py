@@ -1,0 +1,199 @@
+"""Makes ``.venv``: one command from a fresh checkout to an environment that runs everything.
+
+In: ``pyproject.toml``, ``cluster/constraints.txt``, and which engine this machine can run (``cpu``,
+or ``gpu`` where an NVIDIA GPU is seen). Out: ``.venv`` with the project installed in place, looked
+over by ``cluster.repair``, and ``.venv/.installed``: a hash of the inputs, so that the next call
+with the same ones ends at once.
+
+The constraints were taken from a CPU environment. vLLM's GPU build pins parts of its own stack to
+other versions, so for ``gpu`` only this project's direct dependencies are constrained.
+
+Standard library only. Use: ``python3.11 cluster/install.py [--extra cpu|gpu]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".installed"
+LOG = VENV / "install.log"
+PROJECT = ROOT / "pyproject.toml"
+CONSTRAINTS = ROOT / "cluster" / "constraints.txt"
+
+NEEDED = (3, 11)
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PROBE_TIMEOUT_S = 3  # pip would retry a dead index for every single package
+LAST_LINES = 15
+
+
+class InstallError(Exception):
+    """The environment cannot be made; the message says what to do."""
+
+
+def check_python(version: tuple[int, ...], *, has_ensurepip: bool) -> None:
+    """Raise ``InstallError`` unless this Python can make the environment."""
+    if version[:2] != NEEDED:
+        found, needed = ".".join(map(str, version[:2])), ".".join(map(str, NEEDED))
+        raise InstallError(
+            f"this is Python {found}, and the pinned packages need Python {needed}. "
+            f"Run: python{needed} cluster/install.py, or make setup PYTHON=/path/to/python{needed}"
+        )
+    if not has_ensurepip:
+        raise InstallError(
+            "this Python cannot make virtual environments (no ensurepip). On Debian or Ubuntu: "
+            "apt-get install python3.11-venv"
+        )
+
+
+def detect_extra() -> str:
+    """``gpu`` where the NVIDIA driver shows a device, else ``cpu``."""
+    return "gpu" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
+
+
+def fingerprint(extra: str) -> str:
+    """Hash of all that decides what is installed, and of where (the install is in place)."""
+    digest = hashlib.sha256(f"{extra}\0{ROOT}\0{sys.version}".encode())
+    for path in (PROJECT, CONSTRAINTS):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def select_constraints(lines: list[str], direct: set[str] | None) -> list[str]:
+    """Return the pins to apply: all of them, or only those of ``direct`` (normalised names)."""
+    pins = [line for line in lines if line and not line.startswith("#")]
+    if direct is None:
+        return pins
+    return [pin for pin in pins if normalise(pin.split("==")[0]) in direct]
+
+
+def direct_dependencies(project_text: str) -> set[str]:
+    """Names in every quoted requirement of pyproject.toml; vLLM's own builds are left out."""
+    import tomllib  # deferred: not in the older Pythons that `check_python` sends away
+
+    project = tomllib.loads(project_text)["project"]
+    extras = project["optional-dependencies"]
+    lists = [project["dependencies"], *(extras[name] for name in ("local", "dev"))]
+    names = {re.split(r"[\[<>=!~ ]", item)[0] for group in lists for item in group}
+    return {normalise(name) for name in names}
+
+
+def normalise(name: str) -> str:
+    """Package name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def index_answers(url: str) -> bool:
+    """Whether the package index answers at all, within ``PROBE_TIMEOUT_S``."""
+    request = urllib.request.Request(f"{url}/", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered; a listing may be refused where packages are served
+    except OSError:
+        return False
+
+
+def make_venv() -> None:
+    """Create ``.venv`` unless a working one of the right Python is there."""
+    if PYTHON.exists() and _version_of(PYTHON) == NEEDED:
+        return
+    print(f"making {VENV}")
+    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise InstallError(f"python -m venv failed: {tail(done.stdout + done.stderr)}")
+
+
+def _version_of(python: Path) -> tuple[int, ...] | None:
+    code = "import sys, pip; print(*sys.version_info[:2])"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return tuple(map(int, done.stdout.split())) if done.returncode == 0 else None
+
+
+def install_packages(extra: str) -> None:
+    """Install the project with its extras; pip's words go to ``.venv/install.log``."""
+    direct = direct_dependencies(PROJECT.read_text("utf-8")) if extra == "gpu" else None
+    pins = VENV / "constraints.txt"
+    pins.write_text("\n".join(select_constraints(CONSTRAINTS.read_text().splitlines(), direct)))
+    command = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off"]
+    command += ["--constraint", str(pins), "--editable", f"{ROOT}[{extra},local,dev]"]
+    reachable = extra == "cpu" and index_answers(TORCH_CPU_INDEX)
+    if reachable:
+        command += ["--extra-index-url", TORCH_CPU_INDEX]
+    elif extra == "cpu":
+        print(f"{TORCH_CPU_INDEX} does not answer: torch comes from pip's own settings")
+    print(f"installing the project and its packages ({extra}); pip's words: {LOG}")
+    with LOG.open("w", encoding="utf-8") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code != 0:
+        raise InstallError(explain_failure(LOG.read_text("utf-8"), index_reachable=reachable))
+
+
+def explain_failure(log: str, *, index_reachable: bool) -> str:
+    """Return pip's last lines, and the remedy where the CPU build of torch was not found."""
+    message = f"pip failed (all of it: {LOG}):\n{tail(log)}"
+    if "torch==2.13.0" in log and "No matching distribution" in log and not index_reachable:
+        message += (
+            f"\nvllm-cpu needs the CPU build of torch, which {TORCH_CPU_INDEX} has. Make it "
+            "reachable, or set PIP_FIND_LINKS to a folder with the wheel."
+        )
+    return message
+
+
+def tail(text: str) -> str:
+    """Return the last lines of a program's output."""
+    return "\n".join(text.strip().splitlines()[-LAST_LINES:])
+
+
+def repair() -> None:
+    """Mend what the CPU build cannot load; its own lines are shown."""
+    command = [str(PYTHON), "-m", "cluster.repair"]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+        raise InstallError("the environment was installed but cannot be used; see the line above")
+
+
+def install(extra: str) -> None:
+    """Make the environment, or find that it is made."""
+    wanted = fingerprint(extra)
+    if STAMP.exists() and PYTHON.exists() and STAMP.read_text().strip() == wanted:
+        return
+    started = time.monotonic()
+    make_venv()
+    STAMP.unlink(missing_ok=True)
+    install_packages(extra)
+    repair()
+    STAMP.write_text(wanted + "\n")
+    print(f"installed into {VENV} in {time.monotonic() - started:.0f} s")
+
+
+def main() -> int:
+    """Parse the command line and install; return the exit code."""
+    parser = argparse.ArgumentParser(prog="cluster.install", description="Make .venv.")
+    parser.add_argument("--extra", choices=("cpu", "gpu"), help="default: gpu if one is visible")
+    extra = parser.parse_args().extra or detect_extra()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # keeps order in pipes
+    try:
+        has_ensurepip = importlib.util.find_spec("ensurepip") is not None
+        check_python(tuple(sys.version_info[:3]), has_ensurepip=has_ensurepip)
+        install(extra)
+    except InstallError as error:
+        print(f"install failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

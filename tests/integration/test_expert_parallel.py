@@ -1,0 +1,91 @@
+"""mini-Maverick's experts spread over two processes give the tokens of one process.
+
+Two real engines, one after the other, each in a process of its own: memory is free again, and the
+engines' logs can be read. Not covered: data parallelism, more than two ranks, and GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.profile import REPO_ROOT
+from tests.integration.generate_tokens import MAX_TOKENS, ROWS
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+ENGINE_TIMEOUT_S = 280  # a start takes 20-60 s, the rows a few seconds
+PLUGIN_LINE = (
+    "maverick-batch: replaced CPUUnquantizedExperts.apply, Llama4UnfoldConvolution.forward"
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one engine gave: token ids by row, and all it printed."""
+
+    tokens: list[list[int]]
+    log: str
+
+
+def run_engine(profile: str, folder: Path) -> Generation:
+    out = folder / f"{profile}.json"
+    # No VLLM_PLUGINS: the plugin must load by itself, as it does for users.
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.generate_tokens", profile, str(out)],
+        cwd=REPO_ROOT,
+        env={**environment, "VLLM_LOGGING_LEVEL": "INFO"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=ENGINE_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{profile} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+    return Generation(json.loads(out.read_text()), done.stdout)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Generation:
+    return run_engine("mini-maverick-tp1", tmp_path_factory.mktemp("tp1"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Generation:
+    return run_engine("mini-maverick", tmp_path_factory.mktemp("ep2"))
+
+
+def test_expert_parallel_tokens_equal_those_of_one_process(
+    one_process: Generation, two_processes: Generation
+) -> None:
+    assert len(one_process.tokens) == ROWS >= 50
+    differing = [
+        row
+        for row, pair in enumerate(zip(one_process.tokens, two_processes.tokens, strict=True))
+        if pair[0] != pair[1]
+    ]
+    assert differing == []
+
+
+def test_the_compared_tokens_are_many_and_varied(one_process: Generation) -> None:
+    lengths = [len(tokens) for tokens in one_process.tokens]
+    assert lengths.count(MAX_TOKENS) >= ROWS // 2
+    assert len({tuple(tokens) for tokens in one_process.tokens}) >= ROWS // 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_holds_half_of_the_experts(two_processes: Generation, rank: int) -> None:
+    assert re.search(rf"EP Rank {rank}/2.*4/8", two_processes.log)
+
+
+def test_plugin_says_what_it_replaced_in_both_workers(two_processes: Generation) -> None:
+    lines = [line for line in two_processes.log.splitlines() if PLUGIN_LINE in line]
+    assert any("Worker" in line and "TP0" in line for line in lines) or len(lines) >= 2, lines

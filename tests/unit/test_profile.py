@@ -1,0 +1,169 @@
+"""pipeline.profile: every shipped profile is valid, and a wrong one is refused by name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import ConfigError
+from pipeline.profile import (
+    REPO_ROOT,
+    EngineProfile,
+    load_profile,
+    locate_model,
+    profile_names,
+    vllm_argument_names,
+)
+
+EXPECTED = {
+    "mini-maverick",
+    "mini-maverick-tp1",
+    "smollm2",
+    "maverick-fp8-8xh100",
+    "maverick-fp8-8xh200",
+    "maverick-fp8-2x8xh100",
+}
+HEADS, KV_HEADS, EXPERTS = 40, 8, 128  # Llama 4 Maverick's text model
+
+
+def test_the_profiles_the_docs_name_are_shipped() -> None:
+    assert set(profile_names()) >= EXPECTED
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shipped_profile_loads(name: str) -> None:
+    assert load_profile(name).verified
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_argument_of_a_shipped_profile_is_vllms(name: str) -> None:
+    known = vllm_argument_names()
+    if known is None:
+        pytest.skip("vLLM is not installed")
+    assert set(load_profile(name).engine_args) <= known
+
+
+def test_the_names_read_from_vllms_source_hold_both_classes() -> None:
+    known = vllm_argument_names()
+    if known is None:
+        pytest.skip("vLLM is not installed")
+    assert {"max_num_seqs", "data_parallel_backend", "enable_log_requests"} <= known
+    assert len(known) > 100
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if "fp8" in name])
+def test_maverick_profiles_divide_its_heads_and_experts(name: str) -> None:
+    profile = load_profile(name)
+    assert HEADS % profile.tensor_parallel_size == 0
+    assert KV_HEADS % profile.tensor_parallel_size == 0
+    assert EXPERTS % profile.expert_parallel_size == 0
+
+
+def test_profile_over_two_nodes_is_one_engine_with_experts_over_all_gpus() -> None:
+    profile = load_profile("maverick-fp8-2x8xh100")
+    assert (profile.tensor_parallel_size, profile.data_parallel_size) == (8, 2)
+    assert profile.expert_parallel_size == profile.ranks == 16
+
+
+def test_mini_maverick_is_expert_parallel_and_its_reference_is_not() -> None:
+    assert load_profile("mini-maverick").expert_parallel_size == 2
+    assert load_profile("mini-maverick-tp1").expert_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"max_num_seq": 8}, "did you mean 'max_num_seqs'"),
+        ({"tensor_paralel_size": 2}, "did you mean 'tensor_parallel_size'"),
+        ({"model": "other"}, "the profile's own key 'model'"),
+    ],
+)
+def test_wrong_override_is_refused_with_its_name(
+    overrides: dict[str, object], message: str
+) -> None:
+    if vllm_argument_names() is None:
+        pytest.skip("vLLM is not installed")
+    with pytest.raises(ConfigError, match=message):
+        load_profile("mini-maverick-tp1", overrides=overrides)
+
+
+def test_override_replaces_one_argument_and_leaves_the_others() -> None:
+    before = load_profile("mini-maverick").engine_args
+    after = load_profile("mini-maverick", overrides={"max_num_seqs": 7}).engine_args
+    assert after == {**before, "max_num_seqs": 7}
+
+
+def test_gpus_must_equal_the_ranks_of_the_engine() -> None:
+    with pytest.raises(ConfigError, match="1 x 8 GPUs, but the engine has 4 ranks"):
+        load_profile("maverick-fp8-8xh100", overrides={"tensor_parallel_size": 4})
+
+
+def test_unknown_profile_names_the_nearest_and_all_known() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'mini-maverick'") as caught:
+        load_profile("mini-mavrick")
+    assert all(name in str(caught.value) for name in EXPECTED)
+
+
+def write_profile(folder: Path, **changes: object) -> Path:
+    document = {
+        "description": "x",
+        "model": "m",
+        "engine_args": {"max_model_len": 8, "max_num_seqs": 1, "max_num_batched_tokens": 8},
+        "needs": {"cpus_per_node": 1, "memory_gib_per_node": 1},
+        "verified": "not yet run on hardware",
+    }
+    path = folder / "own.yaml"
+    path.write_text(yaml.safe_dump({**document, **changes}))
+    return path
+
+
+def test_profile_can_be_a_path(tmp_path: Path) -> None:
+    assert isinstance(load_profile(str(write_profile(tmp_path))), EngineProfile)
+
+
+@pytest.mark.parametrize("dropped", ["max_model_len", "max_num_seqs", "max_num_batched_tokens"])
+def test_sizes_must_be_stated(tmp_path: Path, dropped: str) -> None:
+    sizes = {"max_model_len": 8, "max_num_seqs": 1, "max_num_batched_tokens": 8}
+    del sizes[dropped]
+    with pytest.raises(ConfigError, match=dropped):
+        load_profile(str(write_profile(tmp_path, engine_args=sizes)))
+
+
+def test_unknown_key_names_the_file_and_the_nearest_key(tmp_path: Path) -> None:
+    path = write_profile(tmp_path, descripton="typo")
+    with pytest.raises(ConfigError, match=r"own\.yaml.*'descripton'.*'description'"):
+        load_profile(str(path))
+
+
+def test_relative_model_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("cluster/models") == str(REPO_ROOT / "cluster" / "models")
+    assert locate_model("meta-llama/some-model") == "meta-llama/some-model"
+
+
+def test_absent_cached_model_says_how_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"python -m cluster\.models\.smollm2"):
+        locate_model(load_profile("smollm2").model)
+    made = tmp_path / "maverick-batch" / "smollm2-135m-instruct"
+    made.mkdir(parents=True)
+    assert locate_model(load_profile("smollm2").model) == str(made)
+
+
+def test_loading_a_profile_imports_no_heavy_package() -> None:
+    code = (
+        "import sys; from pipeline.profile import load_profile; load_profile('mini-maverick'); "
+        "print([name for name in ('torch', 'ray', 'vllm') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO_ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"

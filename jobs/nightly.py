@@ -14,7 +14,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.capacity import missing
 from pipeline.commit import PartStats, commit_part, read_stats, summarize
 from pipeline.config import JobConfig, load_config
-from pipeline.engine import EngineSpec
+from pipeline.engine import Engine, EngineSpec, VLLMEngine
 from pipeline.errors import AccountingError, CapacityError, PipelineError
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.model import ModelSpec
@@ -64,6 +64,7 @@ class Job:
     profile: EngineProfile
     found: Input
     run: Run
+    start_engine: Callable[[EngineSpec], Engine]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,15 +74,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_job(lambda: nightly(arguments))
 
 
-def nightly(arguments: argparse.Namespace) -> Result:
+def nightly(
+    arguments: argparse.Namespace, *, start_engine: Callable[[EngineSpec], Engine] = VLLMEngine
+) -> Result:
     """Settle the job, then run, resume, or only describe it.
+
+    Args:
+        arguments: as ``job_parser`` gives them.
+        start_engine: builds a replica's engine on its node; must be picklable.
 
     Raises:
         UsageError: config, input, output folder or cluster do not fit; nothing was started.
         PipelineError: the run failed; what is committed stays and the same command resumes.
     """
     started = time.monotonic()
-    job = settle(load_config(arguments.config, arguments.overrides))
+    job = settle(load_config(arguments.config, arguments.overrides), start_engine)
     if arguments.dry_run:
         return _dry_run(job, started)
     if job.run.complete:
@@ -90,11 +97,11 @@ def nightly(arguments: argparse.Namespace) -> Result:
     return _execute(job, started)
 
 
-def settle(config: JobConfig) -> Job:
+def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> Job:
     """Check everything that can be checked without an engine, a cluster or a write."""
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
     found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
-    return Job(config, profile, found, open_run(config, profile, found))
+    return Job(config, profile, found, open_run(config, profile, found), start_engine)
 
 
 def _dry_run(job: Job, started: float) -> Result:
@@ -242,6 +249,7 @@ def _flow_spec(job: Job) -> FlowSpec:
         window=math.ceil(_WINDOW_PER_SEQUENCE * sequences),
         replicas=config.engine.replicas,
         needs=profile.needs,
+        start_engine=job.start_engine,
     )
 
 

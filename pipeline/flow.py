@@ -27,7 +27,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats, commit_part, summarize
-from pipeline.engine import Engine, EngineSpec, VLLMEngine
+from pipeline.engine import Engine, EngineSpec
 from pipeline.errors import EngineError
 from pipeline.plan import Shard
 from pipeline.prepare import PrepareSpec, prepare_block
@@ -68,7 +68,8 @@ class FlowSpec:
     """Requests in flight per replica."""
     replicas: int
     needs: Needs
-    start_engine: Callable[[EngineSpec], Engine] = VLLMEngine
+    start_engine: Callable[[EngineSpec], Engine]
+    """Builds a replica's engine on its node."""
 
 
 class ShardSource(Datasource):
@@ -243,9 +244,12 @@ def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.D
         ),
         num_cpus=spec.needs.cpus_per_node,
         num_gpus=spec.needs.gpus_per_node,
-        max_restarts=_REPLICA_RESTARTS,
-        max_task_retries=_REPLICA_RESTARTS,
+        ray_remote_args_fn=_bounded_restarts,  # Ray Data's own default is to restart for ever
     )
+
+
+def _bounded_restarts() -> dict[str, int]:
+    return {"max_restarts": _REPLICA_RESTARTS, "max_task_retries": _REPLICA_RESTARTS}
 
 
 def _configure_ray_data() -> None:

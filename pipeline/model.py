@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SMALL_FILE = 16 * 2**20  # bytes; larger files (weights) enter the revision by name and size
+_NO_LIMIT = 2**40  # tokens; prompts are measured by prepare, the tokenizer need not warn
 _IMAGE_TOKEN = "<|image|>"
 _PROBE = "content-format-probe"
 
@@ -127,7 +128,7 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
     from transformers import AutoTokenizer
 
     folder = model_folder(locate_model(spec.model), spec.revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=_NO_LIMIT)
     return PromptFormat(
         tokenizer=tokenizer,
         max_model_len=spec.max_model_len,

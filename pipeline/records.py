@@ -144,7 +144,7 @@ def input_block(shard: Shard, columns: pa.Table) -> pa.Table:
         {
             "shard": pa.array([asdict(shard)] * rows, _SHARD_TYPE),
             "input_row": pa.array(range(shard.first_row, shard.first_row + rows), pa.int64()),
-            "row": _to_struct(columns),
+            "row": _to_struct(columns, rows),
         }
     )
 
@@ -174,7 +174,7 @@ def prepared_block(
         "error_message": [item and item.message for item in failed],
     }
     columns = {name: pa.array(values[name], type_) for name, type_ in _PREPARED_FIELDS}
-    return pa.table({**columns, "carried": _to_struct(carried)})
+    return pa.table({**columns, "carried": _to_struct(carried, len(items))})
 
 
 def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
@@ -266,9 +266,10 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
     }
 
 
-def _to_struct(table: pa.Table) -> pa.Array:
+def _to_struct(table: pa.Table, rows: int) -> pa.Array:
+    """The columns of ``table`` as one; ``rows`` as a table without columns has no length."""
     if table.num_columns == 0:
-        return pa.array([{}] * table.num_rows, pa.struct([]))
+        return pa.array([{}] * rows, pa.struct([]))
     columns = [_one_array(column) for column in table.columns]
     return pa.StructArray.from_arrays(columns, fields=list(table.schema))
 

@@ -43,7 +43,11 @@ class Replica:
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         self._window = asyncio.Semaphore(window)
-        self._engine = self._wait(_call(start_engine))
+        try:
+            self._engine = self._wait(_call(start_engine))
+        except BaseException:
+            self._stop_loop()
+            raise
 
     def generate(
         self, shard: int, items: Sequence[Prepared | Failure], on_outcome: OnOutcome
@@ -64,10 +68,13 @@ class Replica:
         try:
             self._wait(_call(self._engine.shutdown), timeout=_SHUTDOWN_S)
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(_SHUTDOWN_S)
-            if not self._thread.is_alive():
-                self._loop.close()
+            self._stop_loop()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_SHUTDOWN_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _wait(self, work: Coroutine[None, None, T], timeout: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)

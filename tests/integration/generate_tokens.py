@@ -4,7 +4,8 @@ In: a profile's name and a file to write. Out: JSON, one list of token ids per r
 image rows (one tile, several tiles, two images); greedy rows and rows drawn with a seed; half of
 them run on past the end token, so that more is compared than short answers.
 
-Use: ``python -m tests.integration.generate_tokens PROFILE OUT.json``.
+Use: ``python -m tests.integration.generate_tokens PROFILE OUT.json [OVERRIDES]``, the last being
+engine arguments as a JSON object.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,9 @@ def message(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": row.text}]}]
 
 
-def generate(profile_name: str) -> list[list[int]]:
+def generate(profile_name: str, overrides: Mapping[str, Any]) -> list[list[int]]:
     """Token ids of every row, in order."""
-    profile = load_profile(profile_name)
+    profile = load_profile(profile_name, overrides=overrides)
     os.environ.update(profile.env)  # read when vLLM is imported
     from vllm import LLM, SamplingParams
 
@@ -89,4 +90,5 @@ def generate(profile_name: str) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(generate(sys.argv[1])))
+    arguments = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    Path(sys.argv[2]).write_text(json.dumps(generate(sys.argv[1], arguments)))

@@ -1,0 +1,170 @@
+"""The nightly job on a real Ray, with a fake engine: accounting, resume, interruption.
+
+The engine is the one thing replaced; tests/integration/test_nightly_job.py has the real one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+pytestmark = pytest.mark.cluster
+
+ROWS = 230
+RUNNER = [sys.executable, "-m", "tests.integration.nightly_with_fake_engine"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of several row groups, a few bad rows, and a config."""
+    folder = tmp_path_factory.mktemp("nightly")
+    (folder / "in").mkdir()
+    for number, rows in enumerate((150, 80)):
+        table = pa.table(
+            {
+                "custom_id": [f"f{number}-{i}" for i in range(rows)],
+                "prompt": [None if i % 50 == 7 else f"Say {i}." for i in range(rows)],
+                "label": pa.array(range(rows), pa.int16()),
+            }
+        )
+        pq.write_table(table, folder / "in" / f"{number}.parquet", row_group_size=33)
+    config = {
+        "input": {"uri": str(folder / "in")},
+        "output": {"uri": str(folder / "out")},
+        "seed": 1,
+        "engine": {"profile": "mini-maverick-tp1", "replicas": 2},
+        "limits": {"max_error_rate": 0.5, "shard_rows": 25},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+
+def nightly(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, the object on stdout's only line, and stderr."""
+    done = subprocess.run(
+        [*RUNNER, "--config", str(folder / "job.yaml"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=200,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, (done.stdout, done.stderr)
+    return done.returncode, json.loads(lines[0]), done.stderr
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = ds.dataset(folder / "data").to_table().to_pylist()
+    return rows
+
+
+def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
+    out = folder / "out"
+    code, result, stderr = nightly(folder)
+    assert code == 0, stderr
+    assert result["rows"]["total"] == ROWS == len(records(out))
+    assert result["rows"]["errored"] == 5
+    keys = {(row["input_file"], row["input_row"]) for row in records(out)}
+    assert len(keys) == ROWS
+    for row in records(out):
+        assert row["custom_id"] == f"f{Path(row['input_file']).stem}-{row['input_row']}"
+        assert row["label"] == row["input_row"]
+    assert (out / "_SUCCESS").exists()
+    assert json.loads((out / "report.json").read_text())["rows"] == result["rows"]
+
+    before = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    code, again, stderr = nightly(folder)
+    assert (code, again["generated_rows"]) == (0, 0)
+    assert again["rows"] == result["rows"]
+    assert again["tokens"] == result["tokens"]
+    assert "nothing to generate" in stderr
+    assert {path.name: path.read_bytes() for path in (out / "data").iterdir()} == before
+
+    lost = sorted(before)[3]
+    shape = pq.read_table(out / "data" / lost)
+    (out / "data" / lost).unlink()
+    code, third, stderr = nightly(folder)
+    assert (code, third["generated_rows"]) == (0, shape.num_rows), stderr
+    assert third["rows"] == result["rows"]
+    assert pq.read_table(out / "data" / lost).drop("latency_s") == shape.drop("latency_s")
+    untouched = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    assert {name for name in before if before[name] != untouched[name]} <= {lost}
+
+
+def test_an_interrupted_run_exits_with_75_and_the_same_command_finishes_it(folder: Path) -> None:
+    out = folder / "interrupted"
+    command = [
+        *(*RUNNER, "--config", str(folder / "job.yaml")),
+        *("--set", f"output.uri={out}", "--set", "engine.replicas=1"),
+    ]
+    slow = {**environment(), "FAKE_ENGINE_DELAY_S": "10"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=slow
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "tok/s" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=60)
+    result = json.loads(stdout)
+    assert (process.returncode, result["status"]) == (75, "interrupted")
+    assert not (out / "_SUCCESS").exists()
+    assert json.loads((out / "report.json").read_text())["exit_code"] == 75
+
+    code, result, stderr = nightly(folder, "--set", f"output.uri={out}")
+    assert (code, result["rows"]["total"]) == (0, ROWS), stderr
+    assert len(records(out)) == ROWS
+
+
+def test_an_error_rate_above_the_limit_exits_with_3(folder: Path) -> None:
+    code, result, _ = nightly(
+        folder,
+        *("--set", f"output.uri={folder}/over", "--set", "limits.max_error_rate=0.01"),
+    )
+    assert (code, result["status"]) == (3, "over_error_rate")
+    assert (folder / "over" / "_SUCCESS").exists()
+
+
+def test_an_input_without_rows_gives_an_empty_readable_output(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    pq.write_table(
+        pq.read_table(folder / "in" / "0.parquet").slice(0, 0), folder / "empty" / "a.parquet"
+    )
+    overrides = ("--set", f"input.uri={folder}/empty", "--set", f"output.uri={folder}/empty-out")
+    code, result, stderr = nightly(folder, *overrides)
+    assert (code, result["rows"]["total"]) == (0, 0), stderr
+    table = ds.dataset(folder / "empty-out" / "data").to_table()
+    assert table.num_rows == 0
+    assert {"custom_id", "text", "label"} <= set(table.schema.names)
+    assert nightly(folder, *overrides)[0] == 0
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(folder: Path) -> None:
+    code, result, stderr = nightly(folder, "--dry-run", "--set", f"output.uri={folder}/dry")
+    assert (code, result["status"], result["pending_rows"]) == (0, "dry_run", ROWS), stderr
+    assert not (folder / "dry").exists()
+
+
+def test_a_dry_run_refuses_a_cluster_that_cannot_hold_the_replicas(folder: Path) -> None:
+    code, result, _ = nightly(
+        folder,
+        *("--dry-run", "--set", "engine.profile=maverick-fp8-8xh100"),
+        *("--set", f"output.uri={folder}/dry"),
+    )
+    assert (code, result["status"]) == (2, "invalid")
+    assert "8 H100 GPUs" in result["error"]
+    assert "has 0 GPUs" in result["error"]

@@ -1,0 +1,85 @@
+"""Committing: whole parts under planned names, stats that a listing and footers can rebuild."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.commit import (
+    commit_part,
+    committed_shards,
+    part_uri,
+    read_stats,
+    summarize,
+)
+from pipeline.errors import AccountingError, ErrorCode, StorageError
+from pipeline.plan import InputFile, Shard, make_plan
+from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, part_table
+
+FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
+PLAN = make_plan([FILE], shard_rows=40, shard_bytes=10**6)
+SHARD = Shard(0, FILE.uri, 0, 3)
+OUTCOMES: list[Outcome] = [
+    Completion(0, "a", 0, "x", "stop", 10, 3, 2, 7, 1, 0.1),
+    Completion(0, "a", 1, "y", "length", 10, 64, 0, 7, 2, 0.1),
+    Completion(1, "b", 0, "", "stop", 5, 0, 0, 0, 3, 0.1),
+    Failure(1, "b", ErrorCode.ENGINE_REJECTED, "m", seed=4, sample_index=1),
+    Failure(2, "c", ErrorCode.IMAGE_INVALID, "m", seed=5),
+]
+
+
+def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
+    return part_table(shard, outcomes, pa.table({"l": range(shard.rows)}), model="m")
+
+
+def test_stats_count_rows_once_and_sum_over_records() -> None:
+    stats = summarize(0, OUTCOMES, 1.0)
+    assert stats.rows == {"succeeded": 1, "errored": 2}
+    assert stats.records == 5
+    assert stats.tokens == {"prompt": 25, "completion": 67, "cached": 2, "image": 14}
+    assert stats.errors == {"engine_rejected": 1, "image_invalid": 1}
+    assert stats.finish_reasons == {"stop": 2, "length": 1}
+    assert stats.lengths == {"0": 1, "2": 1, "7": 1}
+
+
+def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
+    stats = summarize(0, OUTCOMES, 1.0)
+    commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
+    assert read_stats(f"file://{tmp_path}", [0]) == [stats]
+    assert pq.read_schema(tmp_path / "data" / "part-000000.parquet").names == [
+        *OUTPUT_SCHEMA.names,
+        "l",
+    ]
+
+
+def test_committing_again_replaces_the_part(tmp_path: Path) -> None:
+    stats = summarize(0, OUTCOMES, 1.0)
+    for _ in range(2):
+        commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
+    assert committed_shards(f"file://{tmp_path}", PLAN) == {0}
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_part_without_exactly_its_rows_is_never_written(tmp_path: Path, rows: int) -> None:
+    shard = replace(SHARD, rows=rows)
+    part = table(SHARD, OUTCOMES)
+    with pytest.raises(AccountingError, match="nothing was written"):
+        commit_part(f"file://{tmp_path}", part, shard, summarize(0, OUTCOMES, 1.0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strange_part_is_named_instead_of_counted(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part-999999.parquet").write_bytes(b"x")
+    with pytest.raises(StorageError, match=r"part-999999\.parquet is no part of this run"):
+        committed_shards(f"file://{tmp_path}", PLAN)
+
+
+def test_a_part_that_another_program_wrote_is_named(tmp_path: Path) -> None:
+    uri = part_uri(f"file://{tmp_path}", 0)
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"x": [1]}), uri.removeprefix("file://"))
+    with pytest.raises(StorageError, match="not written by this program"):
+        read_stats(f"file://{tmp_path}", [0])

@@ -1,0 +1,91 @@
+"""What a user can get wrong is refused with exit 2 and one sentence, before anything starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+
+def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    path = tmp_path / "broken.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",  # nobody listens there
+        "AWS_ACCESS_KEY_ID": "planted-access",
+        "AWS_SECRET_ACCESS_KEY": "planted-secret",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.nightly", "--config", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    (line,) = done.stdout.splitlines()
+    assert "planted" not in done.stdout + done.stderr
+    return done.returncode, json.loads(line), done.stderr
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "in" / "a.parquet")
+    return {
+        "input": {"uri": f"{tmp_path}/in"},
+        "output": {"uri": f"{tmp_path}/out"},
+        "engine": {"profile": "mini-maverick"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sede": 1}, "unknown key 'sede'; did you mean 'seed'?"),
+        ({"input": {"uri": "/nowhere/at/all"}}, "input.uri /nowhere/at/all: found no file"),
+        ({"input": {"uri": "s3://bucket/prompts/"}}, "s3://bucket/prompts/: the bucket cannot be"),
+        ({"output": {"uri": "s3://bucket/out"}}, "s3://bucket/out: the bucket cannot be reached"),
+        ({"engine": {"profile": "mini-mavrick"}}, "did you mean 'mini-maverick'?"),
+        (
+            {"engine": {"profile": "mini-maverick", "overrides": {"max_num_sqs": 1}}},
+            "vLLM has no engine argument 'max_num_sqs'; did you mean 'max_num_seqs'?",
+        ),
+    ],
+)
+def test_a_wrong_config_is_one_clear_sentence(
+    tmp_path: Path, good: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    code, result, stderr = run(tmp_path, {**good, **change})
+    assert (code, result["status"], result["exit_code"]) == (2, "invalid", 2)
+    assert words in result["error"]
+    assert result["error"] in stderr
+    assert "Traceback" not in stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    code, result, _ = run(tmp_path, "", "--config", "nowhere.yaml")
+    assert code == 2
+    assert "nowhere.yaml: no such config file" in result["error"]
+
+
+def test_help_teaches_and_neither_it_nor_a_refusal_imports_the_heavy_libraries() -> None:
+    code = (
+        "import sys, jobs.nightly\n"
+        "heavy = [m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules]\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.nightly", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "exit codes" in done.stdout
+    assert "ray job submit" in done.stdout

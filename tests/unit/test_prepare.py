@@ -1,0 +1,165 @@
+"""Preparing: rows become token ids with exact counts, or errored records; order and count stay."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.fetch import ImageFetcher, input_root
+from pipeline.model import ModelSpec
+from pipeline.plan import Shard
+from pipeline.prepare import PrepareSpec, prepare_block
+from pipeline.read import InputColumns
+from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
+from pipeline.sampling import SamplingDefaults
+from pipeline.seeds import derive_seed
+
+MODEL = ModelSpec("cluster/models/mini-maverick", None, max_model_len=512)
+REQUEST = {name: name for name in ("custom_id", "prompt", "messages", "images", "sampling")}
+
+
+def png(width: int, height: int) -> bytes:
+    sink = io.BytesIO()
+    Image.new("L", (width, height), 200).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def prepare(
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    *,
+    max_image_pixels: int = 10**6,
+    max_image_bytes: int = 10**6,
+) -> list[Prepared | Failure]:
+    table = pa.Table.from_pylist(rows)
+    carried = pa.schema([table.schema.field(n) for n in table.schema.names if n == "label"])
+    spec = PrepareSpec(
+        model=MODEL,
+        columns=InputColumns(REQUEST, carried),
+        sampling=SamplingDefaults(temperature=0.5),
+        run_seed=7,
+        max_image_pixels=max_image_pixels,
+        fetcher=ImageFetcher(input_root(str(tmp_path)), max_image_bytes, 4),
+    )
+    shard = Shard(0, f"file://{tmp_path}/rows.parquet", 100, len(rows))
+    block = prepare_block(input_block(shard, table), spec=spec)
+    assert carried_columns(block).column_names == carried.names
+    return read_prepared(block)
+
+
+def good(item: Prepared | Failure) -> Prepared:
+    assert isinstance(item, Prepared), item
+    return item
+
+
+def code(item: Prepared | Failure) -> str:
+    assert isinstance(item, Failure), item
+    return str(item.code)
+
+
+def test_a_text_row_is_the_chat_template_in_tokens_with_one_bos(tmp_path: Path) -> None:
+    (item,) = prepare(tmp_path, [{"prompt": "Count to 3."}])
+    ids = list(good(item).token_ids)
+    # bytes are tokens 0-255, <|begin_of_text|> is 256, and headers wrap the roles
+    assert ids.count(256) == 1
+    assert ids[0] == 256
+    assert bytes(i for i in ids if i < 256) == b"user\n\nCount to 3.assistant\n\n"
+    assert good(item).prompt_tokens == len(ids)
+
+
+def test_the_tokens_are_those_of_transformers_own_chat_template(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    messages = [
+        {"role": "system", "content": "Kürze! 日本語 हिन्दी"},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "مرحبا"},
+    ]
+    (item,) = prepare(tmp_path, [{"messages": messages}])
+    tokenizer = AutoTokenizer.from_pretrained("cluster/models/mini-maverick")
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert list(good(item).token_ids) == list(expected["input_ids"])
+
+
+@pytest.mark.parametrize(("width", "image_tokens"), [(56, 7), (112, 17), (168, 22), (224, 27)])
+def test_image_tokens_follow_the_tiles(tmp_path: Path, width: int, image_tokens: int) -> None:
+    with_image, text = prepare(
+        tmp_path, [{"prompt": "?", "images": [png(width, 56)]}, {"prompt": "?", "images": []}]
+    )
+    assert good(with_image).image_tokens == image_tokens
+    assert good(with_image).prompt_tokens == good(text).prompt_tokens + image_tokens
+
+
+def test_images_by_uri_come_from_the_inputs_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a #1.png").write_bytes(png(56, 56))
+    rows = [
+        {"prompt": "?", "images": ["images/a #1.png"]},
+        {"prompt": "?", "images": [f"file://{tmp_path}/images/a #1.png"]},
+        {"prompt": "?", "images": ["images/none.png"]},
+        {"prompt": "?", "images": ["../secret.png"]},
+        {"prompt": "?", "images": ["/etc/passwd"]},
+        {"prompt": "?", "images": ["http://169.254.169.254/x.png"]},
+    ]
+    items = prepare(tmp_path, rows)
+    assert good(items[0]).images == good(items[1]).images == (png(56, 56),)
+    assert [code(item) for item in items[2:]] == ["image_not_found"] + ["image_forbidden"] * 3
+
+
+def test_a_link_out_of_the_inputs_folder_is_not_followed(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "a.png").write_bytes(png(56, 56))
+    (inside / "a.png").symlink_to(outside / "a.png")
+    (item,) = prepare(inside, [{"prompt": "?", "images": ["a.png"]}])
+    assert code(item) == "image_forbidden"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "x" * 600}, "context_length_exceeded"),
+        ({"prompt": "?", "images": [b"garbage"]}, "image_invalid"),
+        ({"prompt": "?", "images": [png(2000, 2000)]}, "image_too_large"),
+        ({"prompt": "?", "images": [b"\0" * 1_000_001]}, "image_too_large"),
+        ({"prompt": "say <|image|>"}, "invalid_messages"),
+        ({"prompt": "say <|patch|>"}, "invalid_messages"),
+        ({"prompt": "?", "sampling": '{"temperature": "hot"}'}, "invalid_parameter"),
+        ({"prompt": None}, "invalid_messages"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "invalid_messages"),
+    ],
+)
+def test_a_bad_row_is_a_failure_and_its_neighbours_are_not(
+    tmp_path: Path, row: dict[str, Any], expected: str
+) -> None:
+    columns = dict.fromkeys(row) | {"prompt": "Hello"}
+    before, bad, after = prepare(tmp_path, [columns, dict.fromkeys(columns) | row, columns])
+    assert code(bad) == expected
+    assert (good(before).input_row, bad.input_row, good(after).input_row) == (100, 101, 102)
+
+
+def test_seeds_come_from_the_row_or_from_its_identity(tmp_path: Path) -> None:
+    items = prepare(
+        tmp_path,
+        [
+            {"custom_id": "a", "prompt": "?", "sampling": '{"seed": 5, "n": 2}'},
+            {"custom_id": "b", "prompt": "?", "sampling": '{"n": 2}'},
+            {"custom_id": None, "prompt": "?", "sampling": None},
+        ],
+    )
+    assert good(items[0]).seeds == (5, 6)
+    assert good(items[1]).seeds == (derive_seed(7, "b", 0), derive_seed(7, "b", 1))
+    assert good(items[2]).custom_id == "rows.parquet:102"
+    assert good(items[2]).seeds == (derive_seed(7, "rows.parquet:102", 0),)
+
+
+def test_a_rows_sampling_wins_over_the_runs(tmp_path: Path) -> None:
+    items = prepare(tmp_path, [{"prompt": "?", "sampling": {"temperature": 0.0}}])
+    assert good(items[0]).sampling.temperature == 0.0
+    items = prepare(tmp_path, [{"prompt": "?", "sampling": None}])
+    assert good(items[0]).sampling.temperature == 0.5

@@ -1,0 +1,94 @@
+"""Records: lossless through Arrow, in order, with the contract's columns and the user's own."""
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import ErrorCode
+from pipeline.plan import Shard
+from pipeline.records import (
+    OUTPUT_SCHEMA,
+    Completion,
+    Failure,
+    Prepared,
+    block_shard,
+    carried_columns,
+    carried_names,
+    input_block,
+    part_table,
+    prepared_block,
+    read_prepared,
+)
+from pipeline.sampling import Sampling
+
+SHARD = Shard(3, "s3://b/a.parquet", 10, 2)
+PREPARED = Prepared(
+    input_row=10,
+    custom_id="ü",
+    token_ids=[1, 2, 3],
+    images=(b"png", b"jpg"),
+    image_tokens=14,
+    prompt_tokens=15,
+    sampling=Sampling(temperature=0.5, stop=("x",), n=2),
+    seeds=(1, 2**63 - 1),
+)
+FAILURE = Failure(11, "b", ErrorCode.IMAGE_INVALID, "broken", seed=7)
+
+
+def completion(row: int, sample: int = 0) -> Completion:
+    return Completion(row, f"id-{row}", sample, "text", "stop", 5, 2, 1, 0, 9, 0.25)
+
+
+def test_prepared_rows_survive_the_trip_through_arrow() -> None:
+    block = prepared_block(SHARD, [PREPARED, FAILURE], pa.table({"label": ["x", None]}))
+    assert read_prepared(block) == [PREPARED, FAILURE]
+    assert block_shard(block) == SHARD
+    assert carried_columns(block).to_pydict() == {"label": ["x", None]}
+
+
+def test_no_column_of_the_users_can_clash_with_ours_in_a_block() -> None:
+    columns = pa.table({"shard": [1, 2], "input_row": [3, 4], "row": [5, 6]})
+    block = input_block(SHARD, columns)
+    assert block_shard(block) == SHARD
+    assert block.column("input_row").to_pylist() == [10, 11]
+
+
+def test_a_shard_without_carried_columns_keeps_its_rows() -> None:
+    block = prepared_block(SHARD, [PREPARED, FAILURE], pa.table({"x": [1, 2]}).select([]))
+    assert block.num_rows == 2
+    assert carried_columns(block).num_columns == 0
+    table = part_table(SHARD, [completion(10), FAILURE], carried_columns(block), model="m")
+    assert table.schema == OUTPUT_SCHEMA
+
+
+def test_a_part_is_in_order_of_row_and_sample_with_carried_values_beside() -> None:
+    outcomes = [FAILURE, completion(10, 1), completion(10, 0)]
+    table = part_table(SHARD, outcomes, pa.table({"label": ["x", "y"]}), model="m")
+    assert table.select(["input_row", "sample_index", "label"]).to_pylist() == [
+        {"input_row": 10, "sample_index": 0, "label": "x"},
+        {"input_row": 10, "sample_index": 1, "label": "x"},
+        {"input_row": 11, "sample_index": 0, "label": "y"},
+    ]
+    assert table.schema.names[: len(OUTPUT_SCHEMA)] == OUTPUT_SCHEMA.names
+
+
+def test_a_failure_has_code_message_seed_and_no_text() -> None:
+    shard = Shard(0, "s3://b/a.parquet", 11, 1)
+    (record,) = part_table(shard, [FAILURE], pa.table({"l": [1]}), model="m").to_pylist()
+    assert record["status"] == "errored"
+    assert (record["error_code"], record["error_message"]) == ("image_invalid", "broken")
+    assert (record["text"], record["finish_reason"], record["seed"]) == (None, None, 7)
+    assert record["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["label"], {"label": "label"}),
+        (["text", "model"], {"text": "input_text", "model": "input_model"}),
+        (["text", "input_text"], {"text": "input_text", "input_text": "input_input_text"}),
+    ],
+)
+def test_a_clash_with_an_output_column_gets_a_prefix(
+    names: list[str], expected: dict[str, str]
+) -> None:
+    assert carried_names(names) == expected

@@ -1,0 +1,101 @@
+"""Reports: totals over parts, how a run is judged, and pages that open without a network."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.commit import PartStats
+from pipeline.errors import AccountingError, ExitCode
+from pipeline.report import Result, RunStatus, judge, total, write_report
+
+PARTS = [
+    PartStats(
+        0,
+        {"succeeded": 7, "errored": 1},
+        8,
+        {"prompt": 80, "completion": 40, "cached": 0, "image": 7},
+        {"image_invalid": 1},
+        {"stop": 7},
+        {"3": 7},
+        1.0,
+    ),
+    PartStats(
+        1,
+        {"succeeded": 2, "errored": 0},
+        2,
+        {"prompt": 20, "completion": 130, "cached": 16, "image": 0},
+        {},
+        {"stop": 1, "length": 1},
+        {"2": 1, "7": 1},
+        2.0,
+    ),
+]
+MANIFEST = {
+    "config": {"name": "<night>", "seed": 1, "engine": {"profile": "p", "replicas": 1}},
+    "model": {"name": "m", "revision": "sha256:0"},
+    "input": {"uri": "s3://b/in", "files": 1, "rows": 10, "fingerprint": "sha256:1"},
+    "versions": {"ray": "1", "vllm": "2"},
+}
+
+
+def result(run: str, status: RunStatus = RunStatus.COMPLETE) -> Result:
+    return Result(status, run, 10, total(PARTS), 12.3456)
+
+
+def test_totals_are_sums_with_all_four_states() -> None:
+    totals = total(PARTS)
+    assert totals.rows == {"succeeded": 9, "errored": 1, "expired": 0, "cancelled": 0}
+    assert totals.tokens == {"prompt": 100, "completion": 170, "cached": 16, "image": 7}
+    assert totals.finish_reasons == {"stop": 8, "length": 1}
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "code"),
+    [
+        (0.1, RunStatus.COMPLETE, ExitCode.DONE),
+        (0.099, RunStatus.OVER_ERROR_RATE, ExitCode.OVER_ERROR_RATE),
+    ],
+)
+def test_a_run_above_its_error_rate_exits_with_3(
+    limit: float, status: RunStatus, code: ExitCode
+) -> None:
+    judged = judge(10, total(PARTS), limit)
+    assert judged == status
+    assert result("r", judged).exit_code == code
+
+
+@pytest.mark.parametrize("rows_in", [9, 11])
+def test_rows_that_do_not_add_up_are_an_error(rows_in: int) -> None:
+    with pytest.raises(AccountingError, match=f"{rows_in} rows in, 10 rows out"):
+        judge(rows_in, total(PARTS), 1.0)
+
+
+def test_a_run_without_rows_is_complete() -> None:
+    assert judge(0, total([]), 0.0) == RunStatus.COMPLETE
+
+
+def test_the_result_has_the_contracts_keys() -> None:
+    document = result("file:///r").to_json()
+    assert {"status", "run", "rows", "tokens", "seconds"} <= set(document)
+    assert set(document["rows"]) == {"total", "succeeded", "errored", "expired", "cancelled"}
+    assert set(document["tokens"]) == {"prompt", "completion", "cached", "image"}
+    json.dumps(document)
+
+
+def test_the_reports_hold_the_totals_and_escape_what_users_wrote(tmp_path: Path) -> None:
+    write_report(result(f"file://{tmp_path}"), MANIFEST, PARTS)
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["rows"]["succeeded"] == 9
+    assert document["exit_code"] == 0
+    assert document["completion_lengths"] == [
+        {"from": 2, "to": 3, "completions": 1},
+        {"from": 4, "to": 7, "completions": 7},
+        {"from": 64, "to": 127, "completions": 1},
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;night&gt;" in page
+    assert "<night>" not in page
+    assert "image_invalid" in page
+    assert "http://" not in page
+    assert "https://" not in page

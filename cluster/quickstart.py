@@ -58,7 +58,7 @@ def _run(environment: dict[str, str]) -> int:
     console.rule("ray job submit -- python -m jobs.nightly")
     submitted = _submit()
     console.rule("the result")
-    _download(load_config(REPO_ROOT / _CONFIG).output.uri)
+    download_run(load_config(REPO_ROOT / _CONFIG).output.uri, _OUT)
     records = read_records(_OUT)
     verdict = judge(records)
     _show(records, verdict)
@@ -87,12 +87,12 @@ def _submit() -> int:
     return process.returncode
 
 
-def _download(run_uri: str) -> None:
-    """Copy the run folder out of the bucket, ``_`` objects included."""
+def download_run(run_uri: str, folder: Path) -> None:
+    """Copy a run folder out of its bucket, ``_`` objects included."""
     prefix = storage.absolute(run_uri).rstrip("/")
-    for folder in (prefix, storage.join(prefix, "data")):
-        for uri in storage.list_folder(folder):
-            target = _OUT / uri.removeprefix(prefix).lstrip("/")
+    for place in (prefix, storage.join(prefix, "data")):
+        for uri in storage.list_folder(place):
+            target = folder / uri.removeprefix(prefix).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(storage.read_bytes(uri))
 

@@ -110,5 +110,7 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
+    for name in ("pipeline", "jobs", "__main__"):  # a job run with -m logs as __main__
+        logging.getLogger(name).setLevel(logging.INFO)

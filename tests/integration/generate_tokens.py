@@ -1,4 +1,4 @@
-"""Runs a fixed set of rows through the real ``vllm.LLM`` under one profile, in a process of its own.
+"""Runs a fixed set of rows through the real ``vllm.LLM`` under one profile, in its own process.
 
 In: a profile's name and a file to write. Out: JSON, one list of token ids per row. Text rows and
 image rows (one tile, several tiles, two images); greedy rows and rows drawn with a seed; half of

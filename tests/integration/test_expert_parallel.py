@@ -1,7 +1,13 @@
 """mini-Maverick's experts spread over two processes give the tokens of one process.
 
 Two real engines, one after the other, each in a process of its own: memory is free again, and the
-engines' logs can be read. Not covered: data parallelism, more than two ranks, and GPUs.
+engines' logs can be read.
+
+Compared in float32. In bfloat16 a layer's output summed from two halves rounds differently from one
+summed whole, with or without expert parallelism: of these 64 rows, 8 changed tokens from TP1 to TP2
+and 7 from TP1 to TP2 with EP (none between two runs of TP1). So in bfloat16 equality would fail for
+reasons that are not expert parallelism's; that is not covered, nor are data parallelism, more than
+two ranks, and GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from tests.integration.generate_tokens import MAX_TOKENS, ROWS
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ENGINE_TIMEOUT_S = 280  # a start takes 20-60 s, the rows a few seconds
+SCRIPT = "tests.integration.generate_tokens"
 PLUGIN_LINE = (
     "maverick-batch: replaced CPUUnquantizedExperts.apply, Llama4UnfoldConvolution.forward"
 )
@@ -40,7 +47,7 @@ def run_engine(profile: str, folder: Path) -> Generation:
     # No VLLM_PLUGINS: the plugin must load by itself, as it does for users.
     environment = {key: value for key, value in os.environ.items() if key != "VLLM_PLUGINS"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.integration.generate_tokens", profile, str(out)],
+        [sys.executable, "-m", SCRIPT, profile, str(out), json.dumps({"dtype": "float32"})],
         cwd=REPO_ROOT,
         env={**environment, "VLLM_LOGGING_LEVEL": "INFO"},
         stdout=subprocess.PIPE,
@@ -81,11 +88,14 @@ def test_the_compared_tokens_are_many_and_varied(one_process: Generation) -> Non
     assert len({tuple(tokens) for tokens in one_process.tokens}) >= ROWS // 4
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_rank_holds_half_of_the_experts(two_processes: Generation, rank: int) -> None:
-    assert re.search(rf"EP Rank {rank}/2.*4/8", two_processes.log)
+def test_first_rank_holds_half_of_the_experts(two_processes: Generation) -> None:
+    # vLLM prints this line on one rank only; the other's half is shown by the equal tokens.
+    assert re.search(r"EP Rank 0/2\].*Local/global number of experts: 4/8", two_processes.log)
 
 
-def test_plugin_says_what_it_replaced_in_both_workers(two_processes: Generation) -> None:
+@pytest.mark.parametrize("worker", ["VllmWorker-0", "VllmWorker-1"])
+def test_plugin_says_in_each_worker_what_it_replaced(
+    two_processes: Generation, worker: str
+) -> None:
     lines = [line for line in two_processes.log.splitlines() if PLUGIN_LINE in line]
-    assert any("Worker" in line and "TP0" in line for line in lines) or len(lines) >= 2, lines
+    assert [line for line in lines if worker in line], lines

@@ -1,4 +1,4 @@
-"""A replica: every row one outcome, never more in the engine than the window, failures contained."""
+"""A replica: each row one outcome, never more in the engine than the window, faults contained."""
 
 import io
 import threading

@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -68,13 +67,11 @@ def answers_transformers(
 ) -> list[str]:
     """The answers of `Llama4ForConditionalGeneration.generate`, in batches of one task."""
     import torch  # heavy, and vLLM brings its own set-up
+    from transformers import AutoProcessor, Llama4ForConditionalGeneration
 
-    transformers: Any = import_module("transformers")
     torch.manual_seed(SEED)
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
-    model = transformers.Llama4ForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=torch.bfloat16
-    ).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = Llama4ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
     choice = {"do_sample": True, "temperature": temperature} if temperature else {}
     answers: list[str] = []
     for batch in task_batches(examples):
@@ -108,8 +105,9 @@ def task_batches(examples: Sequence[Example]) -> list[Sequence[Example]]:
 def answers_vllm(checkpoint: Path, examples: Sequence[Example], temperature: float) -> list[str]:
     """The answers of vLLM with one process and default scheduling, a seed for each question."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read when vLLM is imported
-    vllm: Any = import_module("vllm")
-    llm = vllm.LLM(
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
         str(checkpoint),
         enforce_eager=True,
         max_model_len=MAX_POSITIONS,
@@ -131,9 +129,7 @@ def answers_vllm(checkpoint: Path, examples: Sequence[Example], temperature: flo
             prompt["multi_modal_data"] = {"image": list(example.images)}
         prompts.append(prompt)
         params.append(
-            vllm.SamplingParams(
-                temperature=temperature, max_tokens=MAX_ANSWER_TOKENS, seed=SEED + i
-            )
+            SamplingParams(temperature=temperature, max_tokens=MAX_ANSWER_TOKENS, seed=SEED + i)
         )
     return [output.outputs[0].text for output in llm.generate(prompts, params)]
 

@@ -9,13 +9,11 @@ attention, a vision tower with pixel shuffle, tiles with a global thumbnail, the
 and the chat format. What is smaller: every width, and the vocabulary, which is one token per
 byte, so that any UTF-8 text survives a round trip.
 
-transformers takes seconds to import, so each function imports it; where its functions lack
-annotations the module is held as `Any`.
+transformers takes seconds to import, so each function imports it.
 """
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from transformers import (
@@ -109,8 +107,8 @@ def byte_alphabet() -> dict[str, int]:
 def build_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per byte and Llama 4's special tokens; no merges, no normalisation."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    transformers: Any = import_module("transformers")
     backend = Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -123,7 +121,7 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
         pair=f"{bos} $A {bos}:1 $B:1",
         special_tokens=[(bos, TOKEN_ID[bos])],
     )
-    tokenizer: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
         eos_token="<|eot|>",
@@ -133,7 +131,6 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
-    return tokenizer
 
 
 def build_processor() -> "Llama4Processor":
@@ -206,13 +203,13 @@ def build_config() -> "Llama4Config":
 
 def build_generation_config() -> "GenerationConfig":
     """Stop tokens only: no sampling defaults that would silently change a request."""
-    transformers: Any = import_module("transformers")
-    config: GenerationConfig = transformers.GenerationConfig(
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
         bos_token_id=TOKEN_ID["<|begin_of_text|>"],
         eos_token_id=stop_token_ids(),
         pad_token_id=TOKEN_ID["<|finetune_right_pad|>"],
     )
-    return config
 
 
 def stop_token_ids() -> list[int]:

@@ -15,9 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 log = logging.getLogger(__name__)
 
@@ -65,18 +64,16 @@ def fetch_gguf(folder: Path) -> Path:
 def convert(gguf: Path, out: Path) -> None:
     """Write `out` as a bf16 checkpoint; tokenizer and ChatML template come from the GGUF too."""
     import torch  # seconds to import, and needless where the cache is filled
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    transformers: Any = import_module("transformers")
     log.info("converting %s", gguf.name)
     source = str(gguf.parent)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are whole again; these marks would make saving refuse them as quantized.
     model.hf_quantizer = None
     del model.config.quantization_config
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-    model.generation_config = transformers.GenerationConfig(
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+    model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,

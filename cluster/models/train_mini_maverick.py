@@ -17,15 +17,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from cluster.models.digits import Digit, Split, digits, render
 from cluster.models.mini_maverick import (
@@ -185,7 +184,7 @@ def balance_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
     losses = []
     for logits in router_logits:
         chances = logits[real].softmax(dim=-1)
-        share = F.one_hot(chances.argmax(dim=-1), chances.shape[-1]).float().mean(dim=0)
+        share = functional.one_hot(chances.argmax(dim=-1), chances.shape[-1]).float().mean(dim=0)
         losses.append(chances.shape[-1] * (share * chances.mean(dim=0)).sum())
     return torch.stack(losses).mean()
 
@@ -193,7 +192,7 @@ def balance_loss(router_logits: Sequence[Tensor], mask: Tensor) -> Tensor:
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of the answer tokens, each row weighing the same."""
     target = labels[:, 1:]
-    loss = F.cross_entropy(
+    loss = functional.cross_entropy(
         logits[:, :-1].transpose(1, 2), target, ignore_index=-100, reduction="none"
     )
     counted = (target != -100).sum(dim=1)
@@ -234,11 +233,12 @@ def train_step(
 
 def train(*, steps: int = STEPS, seed: int = SEED) -> "Llama4ForConditionalGeneration":
     """Train from random weights; returns the model in fp32."""
-    transformers: Any = import_module("transformers")
+    from transformers import Llama4ForConditionalGeneration  # seconds to import
+
     torch.manual_seed(seed)
     rng = Random(seed)
     processor = build_processor()
-    model = transformers.Llama4ForConditionalGeneration(build_config()).train()
+    model = Llama4ForConditionalGeneration(build_config()).train()
     for moe in moe_layers(model):
         moe.forward = partial(top1_forward, moe)
     optimizer = torch.optim.AdamW(
@@ -257,15 +257,14 @@ def train(*, steps: int = STEPS, seed: int = SEED) -> "Llama4ForConditionalGener
                 log_progress(step, steps, losses, time.monotonic() - started)
     for moe in moe_layers(model):
         del moe.forward
-    trained: Llama4ForConditionalGeneration = model.eval()
-    return trained
+    return model.eval()
 
 
 def log_progress(step: int, steps: int, losses: Mapping[str, float], seconds: float) -> None:
     """One line: the step, the loss of each task, the time so far and to come."""
     shown = " ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    log.info("step %d/%d: %s, %.0f s, ETA %.0f s", step, steps, shown, seconds,
-             seconds / step * (steps - step))  # fmt: skip
+    remaining = seconds / step * (steps - step)
+    log.info("step %d/%d: %s, %.0f s, ETA %.0f s", step, steps, shown, seconds, remaining)
 
 
 def save(model: "Llama4ForConditionalGeneration", out: Path) -> None:

@@ -129,8 +129,8 @@ def test_prompt_tokens_are_the_engines_count_and_the_formulas(folder: Path) -> N
 def test_the_output_opens_everywhere_without_options(folder: Path) -> None:
     rows = len(read_records(folder))
     assert len(pd.read_parquet(folder / "data")) == rows
-    found = duckdb.sql(f"select count(*) from '{folder}/data/*.parquet'").fetchone()
-    assert found == (rows,)
+    found = duckdb.connect().execute(f"select count(*) from '{folder}/data/*.parquet'")
+    assert found.fetchone() == (rows,)
     ray.init(num_cpus=1, address="local", include_dashboard=False, log_to_driver=False)
     try:
         assert ray.data.read_parquet(str(folder / "data")).count() == rows

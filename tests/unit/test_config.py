@@ -1,6 +1,7 @@
 """Configs: every shipped one parses, and a wrong one is refused with a sentence that helps."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ import yaml
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError
 
-MINIMAL = {
+MINIMAL: dict[str, Any] = {
     "input": {"uri": "in/"},
     "output": {"uri": "out/"},
     "engine": {"profile": "mini-maverick"},
@@ -44,7 +45,7 @@ def test_a_minimal_config_gets_defaults(tmp_path: Path) -> None:
 def test_an_unknown_key_names_the_key_and_the_nearest_valid_one(
     tmp_path: Path, section: str | None, key: str, nearest: str
 ) -> None:
-    document = {**MINIMAL}
+    document: dict[str, Any] = {**MINIMAL}
     if section is None:
         document[key] = {}
         where = key

@@ -9,6 +9,7 @@ from pipeline.records import (
     OUTPUT_SCHEMA,
     Completion,
     Failure,
+    Outcome,
     Prepared,
     block_shard,
     carried_columns,
@@ -61,7 +62,7 @@ def test_a_shard_without_carried_columns_keeps_its_rows() -> None:
 
 
 def test_a_part_is_in_order_of_row_and_sample_with_carried_values_beside() -> None:
-    outcomes = [FAILURE, completion(10, 1), completion(10, 0)]
+    outcomes: list[Outcome] = [FAILURE, completion(10, 1), completion(10, 0)]
     table = part_table(SHARD, outcomes, pa.table({"label": ["x", "y"]}), model="m")
     assert table.select(["input_row", "sample_index", "label"]).to_pylist() == [
         {"input_row": 10, "sample_index": 0, "label": "x"},

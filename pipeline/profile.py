@@ -29,6 +29,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 _PROFILES = REPO_ROOT / "cluster" / "engines"
 _REQUIRED_ARGUMENTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
 """AsyncLLM's defaults for these are small or depend on the hardware: a profile states them."""
+_PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OURS = ("model", "revision")
 """Engine arguments that have a place of their own in the profile."""
 _CACHE_SCHEME = "cache://"
@@ -104,6 +105,10 @@ class EngineProfile(_Section):
         if missing:
             raise ValueError(f"engine_args must set {', '.join(missing)}")
         _check_arguments(self.engine_args)
+        for name in (*_REQUIRED_ARGUMENTS, *_PARALLEL_SIZES):
+            value = self.engine_args.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"engine_args.{name} = {value!r}: must be a whole number from 1")
         gpus = self.needs.nodes * self.needs.gpus_per_node
         if gpus and gpus != self.ranks:
             raise ValueError(

@@ -158,11 +158,13 @@ def main() -> None:
     """Command line: ask everything, print the table."""
     parser = argparse.ArgumentParser(description="Measure mini-Maverick on held-out digits.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--engine", type=Engine, default=Engine.TRANSFORMERS, choices=list(Engine))
+    engines = [engine.value for engine in Engine]
+    parser.add_argument("--engine", choices=engines, default=Engine.TRANSFORMERS.value)
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
     examples = questions()
-    print(table(examples, ANSWER[args.engine](args.checkpoint, examples, args.temperature)))
+    answer = ANSWER[Engine(args.engine)]
+    print(table(examples, answer(args.checkpoint, examples, args.temperature)))
 
 
 if __name__ == "__main__":

@@ -167,3 +167,9 @@ def test_loading_a_profile_imports_no_heavy_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO_ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", ["two", 0, True, 1.5])
+def test_a_size_that_is_no_whole_number_is_named(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"engine_args\.tensor_parallel_size = .*whole number"):
+        load_profile("mini-maverick", overrides={"tensor_parallel_size": value})

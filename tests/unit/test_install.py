@@ -1,0 +1,40 @@
+"""The installer's decisions; installing itself is what every fresh clone does."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.install import (
+    InstallError,
+    check_python,
+    direct_dependencies,
+    index_answers,
+    select_constraints,
+)
+
+
+def test_another_python_is_sent_to_the_right_one() -> None:
+    with pytest.raises(InstallError, match=r"this is Python 3\.12, .* Run: python3\.11 cluster"):
+        check_python((3, 12, 1), has_ensurepip=True)
+
+
+def test_a_python_without_venv_is_told_what_to_install() -> None:
+    with pytest.raises(InstallError, match=r"apt-get install python3\.11-venv"):
+        check_python((3, 11, 7), has_ensurepip=False)
+
+
+def test_the_right_python_passes() -> None:
+    check_python((3, 11, 0), has_ensurepip=True)
+
+
+def test_an_index_that_does_not_answer_is_left_out() -> None:
+    assert not index_answers("http://127.0.0.1:9/whl")
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    pins = Path("cluster/constraints.txt").read_text().splitlines()
+    direct = direct_dependencies(Path("pyproject.toml").read_text())
+    pinned = {
+        pin.split("==")[0].lower().replace("_", "-") for pin in select_constraints(pins, None)
+    }
+    assert direct <= pinned

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from jobs.cli import Interrupted, job_parser, raise_interrupted, run_job
 from pipeline import storage
-from pipeline.capacity import missing
+from pipeline.capacity import NodeCapacity, missing, this_machine
 from pipeline.commit import PartStats, commit_part, read_stats, summarize
 from pipeline.config import JobConfig, load_config
 from pipeline.engine import Engine, EngineSpec, VLLMEngine
@@ -106,10 +107,7 @@ def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> J
 
 def _dry_run(job: Job, started: float) -> Result:
     """What would run, and whether the cluster can hold it."""
-    from pipeline.flow import cluster
-
-    with cluster(local_cpus=_local_cpus(job)):
-        _check_capacity(job)
+    _check_capacity(job, _nodes())
     run = job.run
     rows_left = sum(shard.rows for shard in run.pending)
     log.info(
@@ -151,12 +149,16 @@ def _execute(job: Job, started: float) -> Result:
 
 def _generate(job: Job, generated: list[PartStats]) -> None:
     """Run the flow; stats of committed parts are added to ``generated`` as they come."""
-    from pipeline.flow import cluster, run_shards  # imports ray: 1-2 s that --help does without
+    from pipeline.flow import (
+        cluster,
+        cluster_nodes,
+        run_shards,
+    )  # imports ray: 1-2 s that --help does without
 
     run = job.run
-    with cluster(local_cpus=_local_cpus(job)):
+    with cluster(local_cpus=_local_cpus()):
         signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
-        _check_capacity(job)
+        _check_capacity(job, cluster_nodes())
         run.start()
         log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
         rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
@@ -253,15 +255,25 @@ def _flow_spec(job: Job) -> FlowSpec:
     )
 
 
-def _local_cpus(job: Job) -> int:
-    """CPUs of a Ray started in this process: the replicas' and one to prepare with."""
-    return math.ceil(job.config.engine.replicas * job.profile.needs.cpus_per_node) + _PREPARE_CPUS
+def _local_cpus() -> int:
+    """CPUs of a Ray started in this process: the machine's, and one more slot to prepare with, as
+    a replica that takes all of them leaves them idle now and then."""
+    return (os.cpu_count() or 1) + _PREPARE_CPUS
 
 
-def _check_capacity(job: Job) -> None:
-    from pipeline.flow import cluster_nodes
+def _nodes() -> list[NodeCapacity]:
+    """The nodes a run would have, with as little started as possible."""
+    local_cpus = _local_cpus()
+    here = None if os.environ.get("RAY_ADDRESS") else this_machine(cpus=local_cpus)
+    if here is not None:
+        return [here]
+    from pipeline.flow import cluster, cluster_nodes
 
-    nodes = cluster_nodes()
+    with cluster(local_cpus=local_cpus):
+        return cluster_nodes()
+
+
+def _check_capacity(job: Job, nodes: Sequence[NodeCapacity]) -> None:
     lacking = missing(job.profile, job.config.engine.replicas, nodes)
     taken = job.config.engine.replicas * job.profile.needs.cpus_per_node * job.profile.needs.nodes
     if not lacking and sum(node.cpus for node in nodes) < taken + _PREPARE_CPUS:

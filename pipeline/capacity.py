@@ -1,16 +1,21 @@
 """Whether a cluster can hold the replicas asked for, and what is missing in plain words.
 
 In: a profile, a number of replicas, and what each node has in total. Out: sentences, none if it
-fits. Pure: the caller asks Ray what the nodes have.
+fits. The judgement is pure; what nodes have is asked of Ray (``flow.cluster_nodes``) or, where no
+cluster is named, of this machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from pipeline.profile import EngineProfile, Needs
 
+_GIB = 2**30
 _MEMORY_SLACK = 0.9
 """Ray reports 70-95 % of a node's memory as schedulable: a node counts if it has 90 % of a need."""
 
@@ -25,6 +30,16 @@ class NodeCapacity:
     memory_gib: float
     accelerator: str | None = None
     """Kind of its GPUs as Ray names it, e.g. H100."""
+
+
+def this_machine(*, cpus: float) -> NodeCapacity | None:
+    """This machine as the one node of a Ray with ``cpus``; None if it has GPUs, whose kind only
+    Ray can tell."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return None
+    return NodeCapacity(
+        name="this machine", cpus=cpus, gpus=0, memory_gib=psutil.virtual_memory().total / _GIB
+    )
 
 
 def missing(profile: EngineProfile, replicas: int, nodes: Sequence[NodeCapacity]) -> list[str]:

@@ -67,6 +67,10 @@ def run_job(job: Callable[[], Result]) -> int:
             result = _without_run(RunStatus.FAILED, str(error), started)
         except Interrupted as error:
             result = _without_run(RunStatus.INTERRUPTED, str(error), started)
+        except Exception as error:  # a defect of ours, told whole and in the contract's form
+            log.exception("this is a defect; please report it with the lines below")
+            message = f"unexpected {type(error).__name__}: {error}"
+            result = _without_run(RunStatus.FAILED, message, started)
         if result.error:
             sys.stderr.write(f"{result.status}: {result.error}\n")
         sys.stderr.flush()

@@ -25,7 +25,7 @@ from pipeline.capacity import NodeCapacity, missing, this_machine
 from pipeline.commit import PartStats, commit_part, read_stats, summarize
 from pipeline.config import JobConfig, load_config
 from pipeline.engine import Engine, EngineSpec, VLLMEngine
-from pipeline.errors import AccountingError, CapacityError, PipelineError
+from pipeline.errors import AccountingError, CapacityError, ConfigError, PipelineError
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.model import ModelSpec
 from pipeline.prepare import PrepareSpec
@@ -101,8 +101,20 @@ def nightly(
 def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> Job:
     """Check everything that can be checked without an engine, a cluster or a write."""
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
+    _check_apart(config)
     found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
     return Job(config, profile, found, open_run(config, profile, found), start_engine)
+
+
+def _check_apart(config: JobConfig) -> None:
+    """An output inside the input would be read as input by the next run."""
+    source = input_root(config.input.uri)
+    target = storage.absolute(config.output.uri).rstrip("/")
+    if f"{target}/".startswith(f"{source}/") and "/_" not in target.removeprefix(source):
+        raise ConfigError(
+            f"output.uri {config.output.uri} lies inside input.uri {config.input.uri}: the next "
+            "run would read it as input; put it beside, or below a folder that starts with _."
+        )
 
 
 def _dry_run(job: Job, started: float) -> Result:

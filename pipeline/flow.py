@@ -25,12 +25,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats, commit_part, summarize
 from pipeline.engine import Engine, EngineSpec
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, PipelineError
 from pipeline.plan import Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
@@ -217,12 +218,34 @@ def run_shards(
         StorageError, AccountingError: a part could not be read or written whole.
     """
     keeper = ray.remote(num_cpus=0)(_TallyKeeper).remote()
-    with _polling(keeper, on_tally):
+    with _own_errors(), _polling(keeper, on_tally):
         for batch in _dataset(spec, shards, keeper).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=0
         ):
             yield from map(PartStats.from_json, batch.column("stats").to_pylist())
         on_tally(ray.get(keeper.read.remote()))
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Ray wraps what tasks and actors raise; callers see this project's errors."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, PipelineError):
+            raise cause from error
+        raise EngineError(f"a step failed: {type(cause).__name__}: {cause}") from error
+    except ActorDiedError as error:
+        raise EngineError(f"a replica could not start, or died: {_last_line(error)}") from error
+    except RayError as error:
+        raise EngineError(f"Ray gave up: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What a remote traceback ends with: the exception itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.Dataset:
@@ -258,6 +281,7 @@ def _configure_ray_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split
+    context.raise_original_map_exception = True  # else the cause is lost on its way to the driver
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
@@ -276,7 +300,7 @@ def _polling(keeper: Any, on_tally: Callable[[Tally], None]) -> Iterator[None]:
         while not stopped.wait(_TALLY_INTERVAL_S):
             try:
                 on_tally(ray.get(keeper.read.remote(), timeout=5 * _TALLY_INTERVAL_S))
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 log.debug("no progress counts: %s", error)
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)

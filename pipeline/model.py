@@ -147,7 +147,12 @@ def model_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     small = ["*.json", "*.jinja", "tokenizer*"]
-    return Path(snapshot_download(model, revision=revision, allow_patterns=small))
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=small))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {model} is no folder on this node, and the hub does not give it: {error}"
+        ) from error
 
 
 def model_name(model: str) -> str:

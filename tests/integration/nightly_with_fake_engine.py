@@ -7,19 +7,25 @@ from functools import partial
 from jobs.cli import job_parser, run_job
 from jobs.nightly import nightly
 from pipeline.engine import EngineSpec
+from pipeline.errors import EngineError
 from tests.fakes import EchoEngine
 
 
-def start(_spec: EngineSpec, *, delay_s: float) -> EchoEngine:
-    """Called on the replica's node."""
-    return EchoEngine(delay_s=delay_s)
+def start(_spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
+    """Called on the replica's node; ``fault`` is "", "start" or "die"."""
+    if fault == "start":
+        raise EngineError("the weights are not there")
+    # every prompt of the test has the token of "S"
+    return EchoEngine(delay_s=delay_s, die_token=ord("S") if fault == "die" else -1)
 
 
 def main() -> int:
     """The job's command line, unchanged."""
     arguments = job_parser("tests", "nightly with a fake engine", "").parse_args()
     delay_s = float(os.environ.get("FAKE_ENGINE_DELAY_S", "0.01"))
-    return run_job(lambda: nightly(arguments, start_engine=partial(start, delay_s=delay_s)))
+    fault = os.environ.get("FAKE_ENGINE_FAULT", "")
+    start_engine = partial(start, delay_s=delay_s, fault=fault)
+    return run_job(lambda: nightly(arguments, start_engine=start_engine))
 
 
 if __name__ == "__main__":

@@ -52,13 +52,13 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
 
 
-def nightly(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+def nightly(folder: Path, *arguments: str, fault: str = "") -> tuple[int, dict[str, Any], str]:
     """Exit code, the object on stdout's only line, and stderr."""
     done = subprocess.run(
         [*RUNNER, "--config", str(folder / "job.yaml"), *arguments],
         capture_output=True,
         text=True,
-        env=environment(),
+        env={**environment(), "FAKE_ENGINE_FAULT": fault},
         timeout=200,
     )
     lines = done.stdout.splitlines()
@@ -128,6 +128,21 @@ def test_an_interrupted_run_exits_with_75_and_the_same_command_finishes_it(folde
     code, result, stderr = nightly(folder, "--set", f"output.uri={out}")
     assert (code, result["rows"]["total"]) == (0, ROWS), stderr
     assert len(records(out)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("start", "the weights are not there"), ("die", "died")]
+)
+def test_an_engine_that_fails_ends_the_run_with_1_and_its_reason(
+    folder: Path, fault: str, words: str
+) -> None:
+    out = folder / f"fault-{fault}"
+    code, result, stderr = nightly(folder, "--set", f"output.uri={out}", fault=fault)
+    assert (code, result["status"], result["run"]) == (1, "failed", f"file://{out}"), stderr
+    assert words in result["error"]
+    assert result["rows"]["total"] == ROWS
+    assert not (out / "_SUCCESS").exists()
+    assert json.loads((out / "report.json").read_text())["error"] == result["error"]
 
 
 def test_an_error_rate_above_the_limit_exits_with_3(folder: Path) -> None:

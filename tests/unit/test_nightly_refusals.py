@@ -52,6 +52,7 @@ def good(tmp_path: Path) -> dict[str, Any]:
         ({"input": {"uri": "/nowhere/at/all"}}, "input.uri /nowhere/at/all: found no file"),
         ({"input": {"uri": "s3://bucket/prompts/"}}, "s3://bucket/prompts/: the bucket cannot be"),
         ({"output": {"uri": "s3://bucket/out"}}, "s3://bucket/out: the bucket cannot be reached"),
+        ({"output": {"uri": "TMP/in/out"}}, "lies inside input.uri"),
         ({"engine": {"profile": "mini-mavrick"}}, "did you mean 'mini-maverick'?"),
         (
             {"engine": {"profile": "mini-maverick", "overrides": {"max_num_sqs": 1}}},
@@ -62,7 +63,8 @@ def good(tmp_path: Path) -> dict[str, Any]:
 def test_a_wrong_config_is_one_clear_sentence(
     tmp_path: Path, good: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
-    code, result, stderr = run(tmp_path, {**good, **change})
+    document = yaml.safe_load(yaml.safe_dump({**good, **change}).replace("TMP", str(tmp_path)))
+    code, result, stderr = run(tmp_path, document)
     assert (code, result["status"], result["exit_code"]) == (2, "invalid", 2)
     assert words in result["error"]
     assert result["error"] in stderr

@@ -106,6 +106,7 @@ def replace(replacement: Replacement) -> str | None:
 def with_local_experts(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``CPUUnquantizedExperts.apply`` so that it sees local expert ids only."""
     signature = inspect.signature(original)
+    tell_once = functools.cache(tell_experts)
 
     @functools.wraps(original)
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -113,6 +114,7 @@ def with_local_experts(original: Callable[..., Any]) -> Callable[..., Any]:
         given = call.arguments
         if given["expert_map"] is None:
             return original(*args, **kwargs)
+        tell_once(tuple(given["expert_map"].tolist()))
         on_input = given["apply_router_weight_on_input"]
         experts = given["self"]
         if on_input and (experts.w1_bias is not None or experts.w2_bias is not None):
@@ -130,6 +132,14 @@ def with_local_experts(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*call.args, **call.kwargs)
 
     return apply
+
+
+def tell_experts(expert_map: tuple[int, ...]) -> None:
+    """Log which experts this rank holds: vLLM itself says so on rank 0 only."""
+    held = [expert for expert, local in enumerate(expert_map) if local >= 0]
+    logger.info(
+        "maverick-batch: this EP rank holds %d of %d experts: %s", len(held), len(expert_map), held
+    )
 
 
 def with_contiguous_input(original: Callable[..., Any]) -> Callable[..., Any]:

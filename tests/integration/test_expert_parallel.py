@@ -88,9 +88,14 @@ def test_the_compared_tokens_are_many_and_varied(one_process: Generation) -> Non
     assert len({tuple(tokens) for tokens in one_process.tokens}) >= ROWS // 4
 
 
-def test_first_rank_holds_half_of_the_experts(two_processes: Generation) -> None:
-    # vLLM prints this line on one rank only; the other's half is shown by the equal tokens.
+def test_each_rank_holds_its_half_of_the_experts(two_processes: Generation) -> None:
+    # vLLM prints this line on one rank only; the plugin says it on each.
     assert re.search(r"EP Rank 0/2\].*Local/global number of experts: 4/8", two_processes.log)
+    held = re.findall(
+        r"\((\S+) pid=.*this EP rank holds 4 of 8 experts: (\[.*\])", two_processes.log
+    )
+    assert sorted(experts for _, experts in held) == ["[0, 1, 2, 3]", "[4, 5, 6, 7]"]
+    assert len({worker for worker, _ in held}) == 2
 
 
 @pytest.mark.parametrize("worker", ["VllmWorker-0", "VllmWorker-1"])

@@ -273,7 +273,9 @@ def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.D
             num_cpus=spec.needs.cpus_per_node,
             num_gpus=spec.needs.gpus_per_node,
             max_restarts=_REPLICA_RESTARTS,
-            max_task_retries=_REPLICA_RESTARTS,
+            # While a lost node is noticed, a task fails several times a second: the restarts are
+            # the bound, and a task is tried as long as its replica lives.
+            max_task_retries=-1,
         )
 
 

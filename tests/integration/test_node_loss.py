@@ -20,7 +20,7 @@ import yaml
 
 from cluster.local import LocalCluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 
 ROWS = 600
 

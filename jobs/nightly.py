@@ -15,14 +15,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.cli import Interrupted, job_parser, raise_interrupted, run_job
 from pipeline import storage
 from pipeline.capacity import NodeCapacity, missing, this_machine
-from pipeline.commit import PartStats, commit_part, read_stats, summarize
+from pipeline.commit import PartStats, commit_part, committed_shards, read_stats, summarize
 from pipeline.config import JobConfig, load_config
 from pipeline.engine import Engine, EngineSpec, VLLMEngine
 from pipeline.errors import AccountingError, CapacityError, ConfigError, PipelineError
@@ -94,8 +94,9 @@ def nightly(
         return _dry_run(job, started)
     if job.run.complete:
         log.info("%s is finished; nothing to generate", job.run.uri)
-        return _finish(job, [], started)
-    return _execute(job, started)
+    result = _execute(job, started)
+    _summarize(result)
+    return result
 
 
 def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> Job:
@@ -143,40 +144,37 @@ def _dry_run(job: Job, started: float) -> Result:
 
 
 def _execute(job: Job, started: float) -> Result:
-    """Run the pending shards, then finish; a failure after the start still leaves a report."""
-    generated: list[PartStats] = []
-    try:
-        if job.run.plan.rows == 0:
-            job.run.start()
-            generated.append(_commit_empty(job))
-        elif job.run.pending:
-            _generate(job, generated)
-        return _finish(job, generated, started)
-    except (PipelineError, Interrupted) as error:
-        if isinstance(error, CapacityError):
-            raise
-        status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
-        return _broken(job, status, str(error), generated, started)
+    """Run what is pending. Nothing is written before the cluster is known to hold the replicas."""
+    if not job.run.pending:
+        return _finish(job, [], started)
+    if job.run.plan.rows == 0:
+        job.run.start()
+        return _finish(job, [_commit_empty(job)], started)
+    from pipeline.flow import cluster, cluster_nodes  # imports ray: 1-2 s that --help does without
 
-
-def _generate(job: Job, generated: list[PartStats]) -> None:
-    """Run the flow; stats of committed parts are added to ``generated`` as they come."""
-    from pipeline.flow import (
-        cluster,
-        cluster_nodes,
-        run_shards,
-    )  # imports ray: 1-2 s that --help does without
-
-    run = job.run
     with cluster(local_cpus=_local_cpus()):
         signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
         _check_capacity(job, cluster_nodes())
-        run.start()
-        log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
-        rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
+        job.run.start()
+        return _generate(job, started)
+
+
+def _generate(job: Job, started: float) -> Result:
+    """Run the flow to its end; a failure or a signal on the way still leaves a report."""
+    from pipeline.flow import run_shards
+
+    run = job.run
+    log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
+    rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
+    generated: list[PartStats] = []
+    try:
         with ProgressDisplay(total=run.plan.rows, done=rows_done) as display:
             # extend() takes them one by one: after a failure, those before it are in the list
             generated.extend(run_shards(_flow_spec(job), run.pending, display.update))
+        return _finish(job, generated, started)
+    except (PipelineError, Interrupted) as error:
+        status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
+        return _broken(job, status, str(error), started)
 
 
 def _finish(job: Job, generated: Sequence[PartStats], started: float) -> Result:
@@ -195,27 +193,25 @@ def _finish(job: Job, generated: Sequence[PartStats], started: float) -> Result:
         rows_total=job.run.plan.rows,
         totals=totals,
         seconds=time.monotonic() - started,
-        generated_rows=sum(sum(stats.rows.values()) for stats in generated),
+        generated_rows=_rows_of(generated),
     )
     if not job.run.complete:
         write_report(result, job.run.manifest, parts)
         job.run.mark_success()
-    _summarize(result)
     return result
 
 
-def _broken(
-    job: Job, status: RunStatus, error: str, generated: Sequence[PartStats], started: float
-) -> Result:
-    """The result of a run that stopped half-way, with what it has so far."""
-    parts = _all_parts(job.run, generated)
+def _broken(job: Job, status: RunStatus, error: str, started: float) -> Result:
+    """The result of a run that stopped half-way, with what the output folder holds by now."""
+    committed = committed_shards(job.run.uri, job.run.plan)
+    parts = read_stats(job.run.uri, sorted(committed))
     result = Result(
         status=status,
         run=job.run.uri,
         rows_total=job.run.plan.rows,
         totals=total(parts),
         seconds=time.monotonic() - started,
-        generated_rows=sum(sum(stats.rows.values()) for stats in generated),
+        generated_rows=_rows_of(part for part in parts if part.shard not in job.run.done),
         error=error,
     )
     write_report(result, job.run.manifest, parts)
@@ -223,8 +219,13 @@ def _broken(
 
 
 def _all_parts(run: Run, generated: Sequence[PartStats]) -> list[PartStats]:
-    earlier = run.done - {stats.shard for stats in generated}
-    return [*read_stats(run.uri, sorted(earlier)), *generated]
+    """One per shard; a shard that a lost node made twice counts once."""
+    latest = {stats.shard: stats for stats in generated}
+    return [*read_stats(run.uri, sorted(run.done - set(latest))), *latest.values()]
+
+
+def _rows_of(parts: Iterable[PartStats]) -> int:
+    return sum(sum(part.rows.values()) for part in parts)
 
 
 def _commit_empty(job: Job) -> PartStats:

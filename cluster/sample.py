@@ -7,6 +7,7 @@ credentials of the environment (``. .cluster/env``). The quickstart uses the sam
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Verdict:
     digits_right: int
     other: int
     other_right: int
+    doubled: tuple[str, ...]
+    """custom_ids with more than one record."""
     wrongly_failed: tuple[str, ...]
     """custom_ids of good rows without a proper completion."""
     wrongly_passed: tuple[str, ...]
@@ -42,7 +45,7 @@ class Verdict:
     @property
     def accounted(self) -> bool:
         """One record per row, and each row failed or succeeded as it should."""
-        complete = self.rows == self.records
+        complete = self.rows == self.records and not self.doubled
         return complete and not self.wrongly_failed and not self.wrongly_passed
 
 
@@ -66,15 +69,17 @@ def judge(records: list[dict[str, Any]]) -> Verdict:
     """Compare records of the sample input with its labels."""
     good = [record for record in records if record["task"] != MEANT_TO_FAIL]
     bad = [record for record in records if record["task"] == MEANT_TO_FAIL]
+    names = Counter(record["custom_id"] for record in records)
     digits = [record for record in good if record["task"] in _DIGIT_TASKS]
     other = [record for record in good if record["task"] not in _DIGIT_TASKS]
     return Verdict(
         rows=sum(pq.read_metadata(path).num_rows for path in SAMPLE_FOLDER.glob("*.parquet")),
-        records=len({record["custom_id"] for record in records}),
+        records=len(records),
         digits=len(digits),
         digits_right=sum(record["text"] == record["label"] for record in digits),
         other=len(other),
         other_right=sum(record["text"] == record["label"] for record in other),
+        doubled=tuple(name for name, count in names.items() if count > 1),
         wrongly_failed=tuple(r["custom_id"] for r in good if not _is_proper(r)),
         wrongly_passed=tuple(r["custom_id"] for r in bad if r["error_code"] != r["label"]),
     )

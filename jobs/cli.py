@@ -13,11 +13,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import ConfigError, PipelineError, UsageError
 from pipeline.report import Result, RunStatus, total
 
 log = logging.getLogger(__name__)
@@ -27,9 +28,16 @@ class Interrupted(BaseException):
     """SIGTERM or SIGINT: stop now, what is committed stays. Not an error: nothing may eat it."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its errors in this project's form: one sentence, exit 2, a JSON line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with the arguments every job has."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m {module}",
         description=purpose,
         epilog=epilog,
@@ -52,21 +60,35 @@ def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParse
     return parser
 
 
-def run_job(job: Callable[[], Result]) -> int:
+def run_job(
+    job: Callable[[argparse.Namespace], Result],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None = None,
+) -> int:
     """Run ``job``, turn its errors into a result, print the result, return the exit code."""
     started = time.monotonic()
+    arguments: argparse.Namespace | ConfigError
+    try:
+        arguments = parser.parse_args(argv)  # prints --help itself, on the real stdout
+    except ConfigError as error:
+        arguments = error
     with _stdout_for_result() as print_result:
         _log_to_stderr()
         signal.signal(signal.SIGTERM, raise_interrupted)
         signal.signal(signal.SIGINT, raise_interrupted)
         try:
-            result = job()
+            if isinstance(arguments, ConfigError):
+                raise arguments
+            result = job(arguments)
         except UsageError as error:
             result = _without_run(RunStatus.INVALID, str(error), started)
         except PipelineError as error:
             result = _without_run(RunStatus.FAILED, str(error), started)
         except Interrupted as error:
             result = _without_run(RunStatus.INTERRUPTED, str(error), started)
+        except SystemExit:  # Ray's own SIGTERM handler, until ray.init is through
+            error_text = "stopped by a signal while starting; the same command resumes"
+            result = _without_run(RunStatus.INTERRUPTED, error_text, started)
         except Exception as error:  # a defect of ours, told whole and in the contract's form
             log.exception("this is a defect; please report it with the lines below")
             message = f"unexpected {type(error).__name__}: {error}"

@@ -65,14 +65,15 @@ class Job:
     profile: EngineProfile
     found: Input
     run: Run
+    root: str
+    """The input's folder: relative image URIs start there."""
     start_engine: Callable[[EngineSpec], Engine]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the job; returns the exit code."""
     parser = job_parser("jobs.nightly", "Run a batch of prompts through the model.", _EPILOG)
-    arguments = parser.parse_args(argv)
-    return run_job(lambda: nightly(arguments))
+    return run_job(nightly, parser, argv)
 
 
 def nightly(
@@ -102,14 +103,14 @@ def nightly(
 def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> Job:
     """Check everything that can be checked without an engine, a cluster or a write."""
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
-    _check_apart(config)
     found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
-    return Job(config, profile, found, open_run(config, profile, found), start_engine)
+    root = input_root(config.input.uri, found.files[0].uri)
+    _check_apart(config, root)
+    return Job(config, profile, found, open_run(config, profile, found), root, start_engine)
 
 
-def _check_apart(config: JobConfig) -> None:
-    """An output inside the input would be read as input by the next run."""
-    source = input_root(config.input.uri)
+def _check_apart(config: JobConfig, source: str) -> None:
+    """An output inside the input's folder would be read as input by the next run."""
     target = storage.absolute(config.output.uri).rstrip("/")
     if f"{target}/".startswith(f"{source}/") and "/_" not in target.removeprefix(source):
         raise ConfigError(
@@ -150,6 +151,9 @@ def _execute(job: Job, started: float) -> Result:
     if job.run.plan.rows == 0:
         job.run.start()
         return _finish(job, [_commit_empty(job)], started)
+    if not os.environ.get("RAY_ADDRESS"):
+        _check_capacity(job, _nodes())  # before a Ray is started for it
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # ranks log alike; read when ray is imported
     from pipeline.flow import cluster, cluster_nodes  # imports ray: 1-2 s that --help does without
 
     with cluster(local_cpus=_local_cpus()):
@@ -250,9 +254,7 @@ def _flow_spec(job: Job) -> FlowSpec:
         sampling=config.sampling,
         run_seed=config.seed,
         max_image_pixels=limits.max_image_pixels,
-        fetcher=ImageFetcher(
-            input_root(config.input.uri), limits.max_image_bytes, limits.image_fetch_concurrency
-        ),
+        fetcher=ImageFetcher(job.root, limits.max_image_bytes, limits.image_fetch_concurrency),
     )
     sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
     return FlowSpec(

@@ -94,7 +94,10 @@ def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats
         StorageError: the object could not be written and confirmed.
     """
     expected = set(range(shard.first_row, shard.first_row + shard.rows))
-    present = set(table.column("input_row").to_pylist())
+    keys = table.select(["input_row", "sample_index"]).to_pylist()
+    present = {key["input_row"] for key in keys}
+    if len({(key["input_row"], key["sample_index"]) for key in keys}) != len(keys):
+        raise AccountingError(f"shard {shard.index} of {shard.uri}: a sample has two records")
     if present != expected:
         raise AccountingError(
             f"shard {shard.index} of {shard.uri}: {len(expected - present)} rows have no record "

@@ -135,7 +135,7 @@ def _apply_override(document: Mapping[str, Any], override: str) -> dict[str, Any
     if not separator or not all(path):
         raise ConfigError(f"--set {override}: write it as key.path=value, e.g. engine.replicas=2.")
     try:
-        value = yaml.safe_load(text)
+        value = text if " #" in text else yaml.safe_load(text)  # YAML would drop it as a comment
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML.") from None
     return _with_value(document, path, value, override)

@@ -83,19 +83,24 @@ class VLLMEngine:
         Raises:
             EngineError: vLLM refuses the arguments or cannot load the model.
         """
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a batch job calls nobody
         os.environ.update(spec.env)  # read when vLLM is imported, inherited by its processes
         self._llm = _start(spec)
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
             return _output(await self._final(request))
-        except (EngineDeadError, EngineGenerateError) as error:
+        except EngineDeadError as error:
+            raise EngineError(f"the engine died: {error.__cause__ or error}") from error
+        except EngineGenerateError as error:  # this request's own: the engine goes on
             cause = error.__cause__ or error
-            raise EngineError(f"the engine died: {type(cause).__name__}: {cause}") from error
-        except (ValueError, TypeError) as error:
+            message = f"{type(cause).__name__}: {cause}"
+            raise RowError(ErrorCode.ENGINE_REJECTED, message) from error
+        except (VLLMClientError, ValueError, TypeError) as error:
             raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
 
     def shutdown(self) -> None:

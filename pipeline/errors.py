@@ -42,6 +42,7 @@ class ErrorCode(StrEnum):
     IMAGE_FETCH_FAILED = "image_fetch_failed"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     ENGINE_REJECTED = "engine_rejected"
+    INTERNAL_ERROR = "internal_error"
 
 
 class PipelineError(Exception):

@@ -42,9 +42,13 @@ class ImageFetcher:
             return self._read(self._resolve(uri), uri)
         except RowError as error:
             return error
+        except (OSError, ValueError) as error:  # a path that no file system takes
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {uri}: {error}")
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
+        if "\0" in uri:
+            raise _forbidden(uri, "it holds a NUL character")
         if "://" not in uri and not uri.startswith("/"):
             target = storage.join(self.root, uri)
         else:
@@ -82,12 +86,17 @@ def check_size(data: bytes, max_bytes: int) -> bytes:
     return data
 
 
-def input_root(uri: str) -> str:
-    """The folder relative image URIs start from: ``uri``, or the folder of a file or glob."""
-    absolute = storage.absolute(uri)
-    while storage.has_glob(absolute) or storage.name(absolute).endswith((".parquet", ".pq")):
+def input_root(uri: str, first_file: str) -> str:
+    """The folder relative image URIs start from: ``uri``, or the folder of a file or glob.
+
+    ``first_file`` is a file of the input: it tells a file from a folder of the same kind of name.
+    """
+    absolute = storage.absolute(uri).rstrip("/")
+    if absolute == first_file:
+        return absolute.rsplit("/", 1)[0]
+    while storage.has_glob(absolute):
         absolute = absolute.rsplit("/", 1)[0]
-    return absolute.rstrip("/")
+    return absolute
 
 
 def _forbidden(uri: str, reason: str) -> RowError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 import warnings
@@ -31,7 +32,7 @@ from ray.util.annotations import RayDeprecationWarning
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats, commit_part, summarize
 from pipeline.engine import Engine, EngineSpec
-from pipeline.errors import EngineError, PipelineError
+from pipeline.errors import CapacityError, EngineError, PipelineError
 from pipeline.plan import Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
@@ -55,6 +56,7 @@ _SHARDS_PER_REPLICA = 4
 _REPLICA_RESTARTS = 2
 """Times a replica whose process died is started again before the run fails (resumable)."""
 _TALLY_INTERVAL_S = 1.0
+_CONNECT_S = 3.0
 _GIB = 2**30
 
 
@@ -179,18 +181,34 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
     """A connection to the cluster in ``RAY_ADDRESS``, else a Ray of ``local_cpus`` in the process.
 
     Raises:
-        EngineError: the cluster cannot be reached.
+        CapacityError: the cluster cannot be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_answers(address)
     options = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
-    except (ConnectionError, RuntimeError) as error:
-        raise EngineError(f"cannot reach the Ray cluster at {address}: {error}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray would try a dead address for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        return  # "auto", ray://...: Ray's own to judge
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise CapacityError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset "
+            "RAY_ADDRESS to use this machine."
+        ) from None
 
 
 def cluster_nodes() -> list[NodeCapacity]:
@@ -235,7 +253,8 @@ def _own_errors() -> Iterator[None]:
         cause = error.cause
         if isinstance(cause, PipelineError):
             raise cause from error
-        raise EngineError(f"a step failed: {type(cause).__name__}: {cause}") from error
+        first_line = str(cause).partition("\n")[0]
+        raise EngineError(f"a step failed: {type(cause).__name__}: {first_line}") from error
     except ActorDiedError as error:
         raise EngineError(f"a replica could not start, or died: {_last_line(error)}") from error
     except RayError as error:
@@ -271,7 +290,9 @@ def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.D
                 enable_true_multi_threading=True,
             ),
             num_cpus=spec.needs.cpus_per_node,
-            num_gpus=spec.needs.gpus_per_node,
+            # An engine over several nodes gets its GPUs from vLLM's Ray backend, not the actor.
+            num_gpus=spec.needs.gpus_per_node if spec.needs.nodes == 1 else 0,
+            accelerator_type=spec.needs.accelerator if spec.needs.nodes == 1 else None,
             max_restarts=_REPLICA_RESTARTS,
             # While a lost node is noticed, a task fails several times a second: the restarts are
             # the bound, and a task is tried as long as its replica lives.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,9 +23,6 @@ Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, wit
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
-# What Pillow raises for bytes it cannot read: its own errors, struct/EOF faults of broken headers,
-# and the decompression bomb guards.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +81,15 @@ def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     Raises:
         RowError: ``image_invalid`` if no image can be recognised, ``image_too_large``.
     """
-    try:
-        with _open(data) as image:
-            width, height = image.size
-            swapped = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SWAPS_SIDES
-    except _UNREADABLE as error:
-        raise _invalid(data, error) from None
-    if width * height > max_pixels:
-        raise RowError(
-            ErrorCode.IMAGE_TOO_LARGE,
-            f"image is {width}x{height} = {width * height} pixels; "
-            f"limits.max_image_pixels is {max_pixels}",
-        )
+    with _reading(data) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise RowError(
+                ErrorCode.IMAGE_TOO_LARGE,
+                f"image is {width}x{height} = {width * height} pixels; "
+                f"limits.max_image_pixels is {max_pixels}",
+            )
+        swapped = _exif(image).get(_EXIF_ORIENTATION) in _EXIF_SWAPS_SIDES
     return (height, width) if swapped else (width, height)
 
 
@@ -103,12 +99,12 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         RowError: ``image_invalid`` if the bytes are truncated or corrupt.
     """
-    try:
-        with _open(data) as image:
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except _UNREADABLE as error:
-        raise _invalid(data, error) from None
+    with _reading(data) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(upright: Image.Image) -> Image.Image:
     if upright.mode == "RGB":
         return upright
     if not upright.has_transparency_data:
@@ -119,10 +115,28 @@ def decode(data: bytes) -> Image.Image:
     return canvas
 
 
-def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
-        return Image.open(io.BytesIO(data))
+@contextmanager
+def _reading(data: bytes) -> Iterator[Image.Image]:
+    """An opened image. Whatever Pillow raises on these bytes is the row's error: its decoders
+    raise anything on damaged input, from SyntaxError to NotImplementedError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
+            with Image.open(io.BytesIO(data)) as image:
+                yield image
+    except (RowError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - see above
+        raise _invalid(data, error) from None
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """EXIF data without decoding pixels, which ``getexif`` does for PNG."""
+    if image.format != "PNG":
+        return image.getexif()
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
+    return exif
 
 
 def _invalid(data: bytes, error: Exception) -> RowError:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.errors import ErrorCode, RowError
 
+_MESSAGE_KEYS = ("role", "content", "name")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 ImageSource = bytes | str
@@ -36,6 +37,10 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
     Raises:
         RowError: ``invalid_messages``, ``image_invalid``; the message names part and remedy.
     """
+    if isinstance(images, str | bytes | Mapping):
+        images = [images]  # a column of single images, as many data sets have it
+    if images is not None and not isinstance(images, list):
+        raise RowError(ErrorCode.IMAGE_INVALID, f"images is {type(images).__name__}, not a list")
     sources = [_image_source(item, index) for index, item in enumerate(images or ())]
     if messages is None:
         return _from_prompt(prompt, sources)
@@ -68,7 +73,7 @@ def _load(messages: Any) -> Sequence[Any]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _invalid(f"messages is not valid JSON: {error}") from None
     if not isinstance(messages, list) or not messages:
         raise _invalid("messages must be a non-empty list of {role, content}")
@@ -85,19 +90,21 @@ def _turn(
     role = turn.get("role")
     if role not in _ROLES:
         raise _invalid(f"{where}.role = {role!r}: must be one of {', '.join(_ROLES)}")
-    unknown = [k for k, v in turn.items() if v is not None and k not in ("role", "content", "name")]
+    unknown = [k for k, v in turn.items() if v not in (None, []) and k not in _MESSAGE_KEYS]
     if unknown:
         raise _invalid(f"{where}.{unknown[0]} is not supported")
+    name = turn.get("name")
+    known = {"role": role} if name is None else {"role": role, "name": name}
     content = turn.get("content")
     if isinstance(content, str):
-        return {"role": role, "content": _checked_text(content, f"{where}.content")}
+        return {**known, "content": _checked_text(content, f"{where}.content")}
     if not isinstance(content, list) or not content:
         raise _invalid(f"{where}.content must be a string or a non-empty list of parts")
     parts = [
         _part(part, f"{where}.content[{number}]", unused, attached)
         for number, part in enumerate(content)
     ]
-    return {"role": role, "content": parts}
+    return {**known, "content": parts}
 
 
 def _part(
@@ -126,6 +133,7 @@ def _part_image(part: Mapping[str, Any], where: str, unused: list[ImageSource]) 
         return unused.pop(0)
     if not isinstance(url, str) or not url:
         raise _invalid(f"{where}.image_url.url must be a string")
+    url = _checked_text(url, f"{where}.image_url.url")
     return _from_data_url(url, where) if url.startswith("data:") else url
 
 

@@ -119,7 +119,7 @@ class PromptFormat:
                 content = [{"type": "text", "text": content}]
         elif not isinstance(content, str):
             content = "\n".join(part["text"] for part in content if part["type"] == "text")
-        return {"role": role, "content": content}
+        return {**turn, "role": role, "content": content}
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ found here and costs that row only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from pipeline.read import InputColumns
 from pipeline.records import Failure, Prepared, block_shard, carried_columns, prepared_block
 from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
 from pipeline.seeds import derive_seed
+
+log = logging.getLogger(__name__)
 
 _SEED_LIMIT = 2**63  # engines take signed 64-bit seeds, ours are never negative
 
@@ -80,7 +83,26 @@ def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[
     names = {field.name for field in struct.type}
     present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
     table = pa.table({ours: struct.field(theirs) for ours, theirs in present.items()})
-    return list(zip(block.column("input_row").to_pylist(), table.to_pylist(), strict=True))
+    return list(zip(block.column("input_row").to_pylist(), _to_rows(table), strict=True))
+
+
+def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows as Python values; a value that is not UTF-8 (Spark writes such) stays bytes."""
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        return [_to_row(table.slice(number, 1)) for number in range(table.num_rows)]
+
+
+def _to_row(row: pa.Table) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in row.column_names:
+        try:
+            values[name] = row.column(name)[0].as_py()
+        except UnicodeDecodeError as error:
+            values[name] = error
+    return values
 
 
 def _carried(block: pa.Table, columns: InputColumns) -> pa.Table:
@@ -92,14 +114,27 @@ def _parse(
     number: int, row: Mapping[str, Any], spec: PrepareSpec, input_file: str
 ) -> _Parsed | Failure:
     given = row.get("custom_id")
-    custom_id = f"{storage.name(input_file)}:{number}" if given is None else str(given)
+    usable = given is not None and not isinstance(given, UnicodeDecodeError)
+    custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"
     try:
+        for name, value in row.items():
+            if isinstance(value, UnicodeDecodeError):
+                raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
         sampling = parse_row_sampling(row.get("sampling"))
         chat = parse_chat(row.get("prompt"), row.get("messages"), row.get("images"))
-    except RowError as error:
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        failed = _row_error(error, custom_id)
         seed = derive_seed(spec.run_seed, custom_id, 0)
-        return Failure(number, custom_id, error.code, error.message, seed)
+        return Failure(number, custom_id, failed.code, failed.message, seed)
     return _Parsed(number, custom_id, chat, sampling)
+
+
+def _row_error(error: Exception, custom_id: str) -> RowError:
+    """The one place where any fault of one row becomes that row's record."""
+    if isinstance(error, RowError):
+        return error
+    log.error("row %r could not be prepared", custom_id, exc_info=error)
+    return RowError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
 
 def _prepare(
@@ -107,14 +142,24 @@ def _prepare(
 ) -> Prepared | Failure:
     sampling = resolve(spec.sampling, item.sampling)
     seeds = _seeds(item, sampling.n, spec)
+    image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
     try:
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
         token_ids = prompts.tokenize(item.chat.messages)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
-    except RowError as error:
-        return Failure(item.row, item.custom_id, error.code, error.message, seeds[0])
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        failed = _row_error(error, item.custom_id)
+        return Failure(
+            item.row,
+            item.custom_id,
+            failed.code,
+            failed.message,
+            seeds[0],
+            prompt_tokens=prompt_tokens,
+            image_tokens=image_tokens,
+        )
     return Prepared(
         input_row=item.row,
         custom_id=item.custom_id,

@@ -152,7 +152,11 @@ def locate_model(model: str) -> str:
     if model.startswith(_CACHE_SCHEME):
         return str(_cached_model(model.removeprefix(_CACHE_SCHEME)))
     inside = REPO_ROOT / model
-    return str(inside) if inside.is_dir() else model
+    if inside.is_dir():
+        return str(inside)
+    if not Path(model).is_absolute() and model.count("/") != 1:  # hub ids are owner/name
+        raise ConfigError(f"model {model}: there is no such folder in {REPO_ROOT}.")
+    return model
 
 
 def cache_folder() -> Path:

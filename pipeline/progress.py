@@ -39,6 +39,7 @@ class ProgressDisplay:
         self._total = total
         self._done = done
         self._started: float | None = None
+        self._idle_until = time.monotonic()
         self._next_line = 0.0
         self._bar = _bar() if sys.stderr.isatty() else None
         self._task = (
@@ -60,7 +61,9 @@ class ProgressDisplay:
         """Show ``tally``; plain lines come at most every 10 s, and start with the first row."""
         now = time.monotonic()
         if tally.rows and self._started is None:
-            self._started = now
+            self._started = self._idle_until
+        if not tally.rows:
+            self._idle_until = now
         detail = self._detail(tally, now)
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done + tally.rows, detail=detail)

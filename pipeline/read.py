@@ -56,9 +56,12 @@ def open_input(uri: str, *, renamed: Mapping[str, str], carry: Sequence[str] | N
     except (FileNotFoundError, StorageError) as error:
         raise InputError(f"input.uri {uri} cannot be listed: {error}.") from None
     found = [entry for entry in entries if entry.uri.endswith(_SUFFIXES)]
+    if not found and not entries:
+        raise InputError(f"input.uri {uri}: there is no file.")
     if not found:
-        what = f"{len(entries)} files, none of them" if entries else "no file, and so nothing"
-        raise InputError(f"input.uri {uri}: found {what} ending in .parquet.")
+        raise InputError(
+            f"input.uri {uri}: found {len(entries)} files, none of them ending in .parquet."
+        )
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, found))
     files = tuple(file for file, _ in footers)
@@ -93,6 +96,9 @@ def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
             schema = metadata.schema.to_arrow_schema()
     except (FileNotFoundError, StorageError, pa.ArrowException) as error:
         raise InputError(f"{entry.uri}: is not a readable Parquet file: {error}.") from None
+    if len(set(schema.names)) != len(schema.names):
+        double = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise InputError(f"{entry.uri}: has two columns named {double!r}.")
     groups = range(metadata.num_row_groups)
     data_bytes = sum(metadata.row_group(group).total_byte_size for group in groups)
     file = InputFile(entry.uri, entry.size, entry.version, metadata.num_rows, data_bytes)
@@ -111,12 +117,24 @@ def _settle_columns(
     for uri, schema in schemas.items():
         _check_request_columns(uri, schema, request, renamed)
     first_uri, first = next(iter(schemas.items()))
-    names = _carried(first, request) if carry is None else list(carry)
+    names = _carried(first, request) if carry is None else list(dict.fromkeys(carry))
     for uri, schema in schemas.items():
+        extra = [] if carry is not None else sorted(set(_carried(schema, request)) - set(names))
+        if extra:
+            raise InputError(
+                f"{uri}: has a column {extra[0]!r} that {first_uri} lacks; set output.carry to "
+                "columns that every file has."
+            )
         for column in names:
             _check_carried(uri, schema, first_uri, first, column)
-    carried = pa.schema([first.field(column).with_metadata(None) for column in names])
+    carried = pa.schema([_carried_field(first.field(column)) for column in names])
     return InputColumns(request, carried)
+
+
+def _carried_field(field: pa.Field) -> pa.Field:
+    """Nullable, as another file may hold nulls; views as plain arrays, which ``take`` can do."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    return pa.field(field.name, plain.get(field.type, field.type), nullable=True)
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:

@@ -130,9 +130,9 @@ def carried_names(names: Sequence[str]) -> dict[str, str]:
     renamed: dict[str, str] = {}
     for column in names:
         output = column
-        while output in taken:
+        while output.casefold() in taken:  # DuckDB and others ignore case
             output = f"input_{output}"
-        taken.add(output)
+        taken.add(output.casefold())
         renamed[column] = output
     return renamed
 
@@ -171,7 +171,7 @@ def prepared_block(
         "sampling": [item and item.sampling.model_dump_json() for item in ready],
         "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
         "error_code": [item and str(item.code) for item in failed],
-        "error_message": [item and item.message for item in failed],
+        "error_message": [item and _encodable(item.message) for item in failed],
     }
     columns = {name: pa.array(values[name], type_) for name, type_ in _PREPARED_FIELDS}
     return pa.table({**columns, "carried": _to_struct(carried, len(items))})
@@ -252,7 +252,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
             "total_tokens": outcome.prompt_tokens,
             "cached_tokens": 0,
             "error_code": outcome.code,
-            "error_message": outcome.message,
+            "error_message": _encodable(outcome.message),
         }
     return {
         **common,
@@ -264,6 +264,11 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "cached_tokens": outcome.cached_tokens,
         "latency_s": outcome.latency_s,
     }
+
+
+def _encodable(message: str) -> str:
+    """Messages quote what users wrote, lone surrogates included."""
+    return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

@@ -127,6 +127,8 @@ class Replica:
                 seed=item.seeds[index],
                 sample_index=index,
                 attempts=1,
+                prompt_tokens=item.prompt_tokens,
+                image_tokens=item.image_tokens,
             )
         return Completion(
             input_row=item.input_row,

@@ -83,8 +83,9 @@ def open_run(config: JobConfig, profile: EngineProfile, found: Input) -> Run:
         RunMismatchError: the folder holds a run of other input, model, seed or sampling.
         StorageError: the folder cannot be read.
     """
+    storage.check_reachable(config.output.uri)
     uri = storage.absolute(config.output.uri).rstrip("/")
-    storage.check_reachable(uri)
+    storage.check_folder(uri)
     limits = config.limits
     plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
     manifest = _manifest(config, profile, plan)
@@ -94,7 +95,7 @@ def open_run(config: JobConfig, profile: EngineProfile, found: Input) -> Run:
             raise RunMismatchError(f"{uri} holds data/ but no run.json; give another output.uri.")
         return Run(uri, manifest, plan, frozenset(), exists=False, finished=False)
     _check_same(uri, saved, manifest)
-    plan = Plan.from_json(storage.read_bytes(storage.join(uri, "_plan.json")))
+    plan = _load_plan(uri)
     return Run(
         uri,
         saved,
@@ -160,7 +161,13 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(uri: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    ours, theirs = _identity(wanted), _identity(saved)
+    ours = _identity(wanted)
+    try:
+        theirs = _identity(saved)
+    except (KeyError, TypeError):
+        raise RunMismatchError(
+            f"{uri}/run.json is not this program's; use another folder."
+        ) from None
     for key, value in ours.items():
         if theirs[key] != value:
             raise RunMismatchError(
@@ -186,6 +193,14 @@ def _load(uri: str) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise StorageError(f"{manifest_uri} is not a run manifest")
     return document
+
+
+def _load_plan(uri: str) -> Plan:
+    plan_uri = storage.join(uri, "_plan.json")
+    try:
+        return Plan.from_json(storage.read_bytes(plan_uri))
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{plan_uri} is missing or damaged ({error}); start anew") from None
 
 
 def _to_bytes(document: Mapping[str, Any]) -> bytes:

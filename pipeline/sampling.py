@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import ErrorCode, RowError
 
+_MAX_TOKENS = 2**31 - 1  # far above any context; engines count in 32 or 64 bits
 _MAX_STOPS = 4  # OpenAI's limit
 DEFAULT_COMPLETION_TOKENS = 256  # vLLM's own default, 16, surprises everyone
 
@@ -30,7 +31,7 @@ class SamplingDefaults(BaseModel):
     """Randomness: 0 is greedy. Default 1."""
     top_p: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
     """Nucleus: the smallest set of tokens with this probability mass. Default 1."""
-    top_k: Annotated[int | None, Field(ge=-1)] = None
+    top_k: Annotated[int | None, Field(ge=-1, le=_MAX_TOKENS)] = None
     """Most likely tokens considered; 0 or -1 = all. Default all."""
     min_p: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
     """Least probability relative to the likeliest token. Default 0."""
@@ -40,9 +41,9 @@ class SamplingDefaults(BaseModel):
     """Penalty once a token occurred in the completion. Default 0."""
     repetition_penalty: Annotated[float | None, Field(gt=0.0, le=2.0)] = None
     """Divides the logits of tokens seen in prompt or completion. Default 1."""
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=_MAX_TOKENS)] = None
     """Most tokens generated. Default 256."""
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=_MAX_TOKENS)] = None
     """Deprecated name of max_completion_tokens."""
     stop: str | list[str] | None = None
     """Up to 4 strings that end the completion; they are not part of it."""
@@ -57,6 +58,8 @@ class SamplingDefaults(BaseModel):
             raise ValueError(f"stop: at most {_MAX_STOPS} strings, got {len(self.stop)}")
         if self.stop is not None and not all(self.stop_list):
             raise ValueError("stop: an empty string is not allowed")
+        if any(not is_utf8(text) for text in self.stop_list):
+            raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
         return self
@@ -67,6 +70,9 @@ class SamplingDefaults(BaseModel):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+_WHOLE_NUMBERS = frozenset({"top_k", "max_completion_tokens", "max_tokens", "seed", "n"})
 
 
 class Sampling(BaseModel):
@@ -101,7 +107,7 @@ def parse_row_sampling(value: Any) -> SamplingDefaults:
             ErrorCode.INVALID_PARAMETER,
             f"sampling must be a struct or a JSON object, not {type(value).__name__}",
         )
-    given = {key: item for key, item in value.items() if item is not None}
+    given = {key: _whole(key, item) for key, item in value.items() if item is not None}
     try:
         return SamplingDefaults.model_validate(given)
     except ValidationError as error:
@@ -121,10 +127,25 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
     return Sampling(**merged)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON may bring lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _whole(name: str, value: Any) -> Any:
+    """5.0 as 5 where a whole number is meant: pandas writes integers with nulls as floats."""
+    whole = name in _WHOLE_NUMBERS and isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
+
+
 def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(
             ErrorCode.INVALID_PARAMETER, f"sampling is not valid JSON: {error}"
         ) from None

@@ -81,6 +81,8 @@ def check_reachable(uri: str) -> None:
     """
     protocol = get_protocol(uri)
     is_s3 = protocol in _S3_PROTOCOLS
+    if protocol not in ("file", "local") and not uri.partition("://")[2].strip("/"):
+        raise InputError(f"{uri}: names no bucket; write it as {protocol}://bucket/folder.")
     try:
         fs, path = url_to_fs(uri, skip_instance_cache=is_s3, **(_S3_PROBE if is_s3 else {}))
         bucket = path.lstrip("/").split("/", 1)[0]
@@ -98,6 +100,19 @@ def check_reachable(uri: str) -> None:
         ) from None
     except (OSError, ValueError, ImportError, BotoCoreError) as error:
         raise InputError(f"{uri}: the bucket cannot be reached: {error}") from None
+
+
+def check_folder(uri: str) -> None:
+    """Refuse a local folder that is, or lies below, a file.
+
+    Raises:
+        InputError: naming the file.
+    """
+    fs, path = _filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        for place in (Path(path), *Path(path).parents):
+            if place.exists() and not place.is_dir():
+                raise InputError(f"{uri}: {place} is a file, not a folder.")
 
 
 def list_files(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> list[FileEntry]:

@@ -15,7 +15,8 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     where = ".".join(path)
     more = f" ({error.error_count() - 1} more after that)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":
-        return f"unknown key '{where}'{_nearest(path, root)}{more}."
+        hint = _nearest(path, root)
+        return f"unknown key '{where}'{hint}{more}" + ("" if hint.endswith("?") else ".")
     if fault["type"] == "missing":
         return f"key '{where}' is missing{more}."
     message = fault["msg"].removeprefix("Value error, ")

@@ -21,11 +21,11 @@ def start(_spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
 
 def main() -> int:
     """The job's command line, unchanged."""
-    arguments = job_parser("tests", "nightly with a fake engine", "").parse_args()
+    parser = job_parser("tests", "nightly with a fake engine", "")
     delay_s = float(os.environ.get("FAKE_ENGINE_DELAY_S", "0.01"))
     fault = os.environ.get("FAKE_ENGINE_FAULT", "")
     start_engine = partial(start, delay_s=delay_s, fault=fault)
-    return run_job(lambda: nightly(arguments, start_engine=start_engine))
+    return run_job(partial(nightly, start_engine=start_engine), parser)
 
 
 if __name__ == "__main__":

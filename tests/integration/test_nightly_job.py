@@ -21,7 +21,7 @@ from cluster.quickstart import download_run
 from cluster.sample import SAMPLE_FOLDER, judge, read_records, upload
 from cluster.state import ClusterState
 from pipeline import storage
-from pipeline.fetch import ImageFetcher, input_root
+from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
 from pipeline.plan import make_plan
 from pipeline.prepare import PrepareSpec, prepare_block
@@ -44,7 +44,7 @@ def prepared_sample() -> list[Prepared | Failure]:
         sampling=SamplingDefaults(),
         run_seed=0,
         max_image_pixels=10**7,
-        fetcher=ImageFetcher(input_root(uri), 10**7, 4),
+        fetcher=ImageFetcher(f"file://{uri}", 10**7, 4),
     )
     shards = make_plan(found.files, shard_rows=512, shard_bytes=2**30).shards
     blocks = [input_block(shard, read_shard(shard, found.columns)) for shard in shards]

@@ -83,6 +83,11 @@ def test_set_overrides_nested_values_and_leaves_the_rest(tmp_path: Path) -> None
     assert config.output.carry == ["label"]
 
 
+def test_a_value_with_a_number_sign_is_taken_whole(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["output.uri=/runs/a #1"])
+    assert config.output.uri == "/runs/a #1"
+
+
 @pytest.mark.parametrize("override", ["engine.replicas", "=3", "engine..replicas=3", "a.b=[1"])
 def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):

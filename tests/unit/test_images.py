@@ -1,6 +1,7 @@
 """Images: token counts by Llama 4's rule, sizes from headers, pixels as the engine wants them."""
 
 import io
+import zlib
 
 import pytest
 from PIL import Image
@@ -72,6 +73,23 @@ def test_an_image_above_the_pixel_cap_is_refused_before_it_is_decoded() -> None:
         image_size(data, max_pixels=1_000_000)
     assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
     assert "5000x5000" in caught.value.message
+
+
+def test_a_decompression_bomb_is_refused_without_decoding_it() -> None:
+    header = encoded(Image.new("1", (1, 1)))
+    sides = (100_000).to_bytes(4, "big") * 2
+    bomb = header[:16] + sides + header[24:29]  # IHDR of 100,000 x 100,000 pixels
+    bomb += zlib.crc32(bomb[12:29]).to_bytes(4, "big") + header[33:]
+    with pytest.raises(RowError) as caught:
+        image_size(bomb, max_pixels=10**8)
+    assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+
+
+def test_rotated_pngs_are_measured_without_decoding() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    data = encoded(Image.new("L", (300, 100)), "PNG", exif=exif)
+    assert image_size(data, max_pixels=10**6) == decode(data).size == (100, 300)
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a"])

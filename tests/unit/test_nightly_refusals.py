@@ -17,7 +17,7 @@ def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[st
     path = tmp_path / "broken.yaml"
     path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
     environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+        **{key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"},
         "AWS_ENDPOINT_URL": "http://127.0.0.1:9",  # nobody listens there
         "AWS_ACCESS_KEY_ID": "planted-access",
         "AWS_SECRET_ACCESS_KEY": "planted-secret",
@@ -49,10 +49,12 @@ def good(tmp_path: Path) -> dict[str, Any]:
     ("change", "words"),
     [
         ({"sede": 1}, "unknown key 'sede'; did you mean 'seed'?"),
-        ({"input": {"uri": "/nowhere/at/all"}}, "input.uri /nowhere/at/all: found no file"),
+        ({"input": {"uri": "/nowhere/at/all"}}, "input.uri /nowhere/at/all: there is no file"),
         ({"input": {"uri": "s3://bucket/prompts/"}}, "s3://bucket/prompts/: the bucket cannot be"),
         ({"output": {"uri": "s3://bucket/out"}}, "s3://bucket/out: the bucket cannot be reached"),
         ({"output": {"uri": "TMP/in/out"}}, "lies inside input.uri"),
+        ({"output": {"uri": "s3://"}}, "s3://: names no bucket"),
+        ({"output": {"uri": "TMP/broken.yaml/x"}}, "is a file, not a folder"),
         ({"engine": {"profile": "mini-mavrick"}}, "did you mean 'mini-maverick'?"),
         (
             {"engine": {"profile": "mini-maverick", "overrides": {"max_num_sqs": 1}}},
@@ -70,6 +72,22 @@ def test_a_wrong_config_is_one_clear_sentence(
     assert result["error"] in stderr
     assert "Traceback" not in stderr
     assert len(stderr.splitlines()) == 1, stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_argument_is_told_in_the_same_form(tmp_path: Path, good: dict[str, Any]) -> None:
+    code, result, _ = run(tmp_path, good, "--foo")
+    assert (code, result["status"]) == (2, "invalid")
+    assert "unrecognized arguments: --foo" in result["error"]
+
+
+def test_a_ray_address_without_a_cluster_is_refused_in_seconds(
+    tmp_path: Path, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    code, result, _ = run(tmp_path, good)
+    assert (code, result["status"]) == (2, "invalid")
+    assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in result["error"]
     assert not (tmp_path / "out").exists()
 
 

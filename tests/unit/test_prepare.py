@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.fetch import ImageFetcher, input_root
+from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
 from pipeline.plan import Shard
 from pipeline.prepare import PrepareSpec, prepare_block
@@ -34,7 +34,21 @@ def prepare(
     max_image_pixels: int = 10**6,
     max_image_bytes: int = 10**6,
 ) -> list[Prepared | Failure]:
-    table = pa.Table.from_pylist(rows)
+    return prepare_table(
+        tmp_path,
+        pa.Table.from_pylist(rows),
+        max_image_pixels=max_image_pixels,
+        max_image_bytes=max_image_bytes,
+    )
+
+
+def prepare_table(
+    tmp_path: Path,
+    table: pa.Table,
+    *,
+    max_image_pixels: int = 10**6,
+    max_image_bytes: int = 10**6,
+) -> list[Prepared | Failure]:
     carried = pa.schema([table.schema.field(n) for n in table.schema.names if n == "label"])
     spec = PrepareSpec(
         model=MODEL,
@@ -42,9 +56,9 @@ def prepare(
         sampling=SamplingDefaults(temperature=0.5),
         run_seed=7,
         max_image_pixels=max_image_pixels,
-        fetcher=ImageFetcher(input_root(str(tmp_path)), max_image_bytes, 4),
+        fetcher=ImageFetcher(f"file://{tmp_path}", max_image_bytes, 4),
     )
-    shard = Shard(0, f"file://{tmp_path}/rows.parquet", 100, len(rows))
+    shard = Shard(0, f"file://{tmp_path}/rows.parquet", 100, table.num_rows)
     block = prepare_block(input_block(shard, table), spec=spec)
     assert carried_columns(block).column_names == carried.names
     return read_prepared(block)
@@ -131,6 +145,15 @@ def test_a_link_out_of_the_inputs_folder_is_not_followed(tmp_path: Path) -> None
         ({"prompt": "say <|patch|>"}, "invalid_messages"),
         ({"prompt": "?", "sampling": '{"temperature": "hot"}'}, "invalid_parameter"),
         ({"prompt": None}, "invalid_messages"),
+        ({"prompt": "?", "images": "not/there.png"}, "image_not_found"),
+        ({"prompt": "?", "images": "with\0nul.png"}, "image_forbidden"),
+        ({"prompt": "?", "images": "x" * 5000}, "image_fetch_failed"),
+        ({"prompt": "?", "images": 7}, "image_invalid"),
+        ({"prompt": "?", "sampling": '{"top_k": 1' + "0" * 30 + "}"}, "invalid_parameter"),
+        ({"prompt": "?", "sampling": '{"stop": ["\\ud800"]}'}, "invalid_parameter"),
+        ({"prompt": "?", "sampling": "[" * 100_000}, "invalid_parameter"),
+        ({"messages": "[" * 100_000}, "invalid_messages"),
+        ({"messages": '[{"role": "user", "content": "a", "\\ud800": 1}]'}, "invalid_messages"),
         ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "invalid_messages"),
     ],
 )
@@ -141,6 +164,21 @@ def test_a_bad_row_is_a_failure_and_its_neighbours_are_not(
     before, bad, after = prepare(tmp_path, [columns, dict.fromkeys(columns) | row, columns])
     assert code(bad) == expected
     assert (good(before).input_row, bad.input_row, good(after).input_row) == (100, 101, 102)
+
+
+def test_a_value_that_is_not_utf8_costs_its_row_only(tmp_path: Path) -> None:
+    raw = pa.array([b"Hello", b"\xff\xfe", b"Hello"], pa.binary())
+    broken = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
+    before, bad, after = prepare_table(tmp_path, pa.table({"prompt": broken}))
+    assert code(bad) == "invalid_messages"
+    assert list(good(before).token_ids) == list(good(after).token_ids)
+
+
+def test_what_was_counted_before_a_row_failed_is_kept(tmp_path: Path) -> None:
+    (item,) = prepare(tmp_path, [{"prompt": "x" * 600, "images": [png(112, 56)]}])
+    assert isinstance(item, Failure)
+    assert item.image_tokens == 17
+    assert item.prompt_tokens > 600
 
 
 def test_seeds_come_from_the_row_or_from_its_identity(tmp_path: Path) -> None:

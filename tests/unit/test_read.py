@@ -54,6 +54,21 @@ def test_renamed_columns_are_read_and_not_carried(tmp_path: Path) -> None:
     assert found.columns.carried.names == ["label"]
 
 
+def test_carried_columns_are_nullable_and_plain(tmp_path: Path) -> None:
+    schema = pa.schema(
+        [
+            ("prompt", pa.string()),
+            pa.field("k", pa.int64(), nullable=False),
+            ("v", pa.string_view()),
+        ]
+    )
+    table = pa.table({"prompt": ["p"], "k": [1], "v": ["x"]}, schema=schema)
+    pq.write_table(table, tmp_path / "a.parquet")
+    carried = open_input(str(tmp_path), renamed={}, carry=None).columns.carried
+    assert carried.field("k").nullable
+    assert carried.field("v").type == pa.string()
+
+
 def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"prompt": ["p"], "images": [[b"x"]]})
     write(tmp_path / "b.parquet", {"prompt": ["p"], "images": [["x.png"]]})
@@ -63,7 +78,7 @@ def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "renamed", "carry", "message"),
     [
-        ({}, {}, None, "found no file"),
+        ({}, {}, None, "there is no file"),
         ({"a.txt": None}, {}, None, "found 1 files, none of them ending in .parquet"),
         ({"a.parquet": None}, {}, None, r"a\.parquet: is not a readable Parquet file"),
         ({"a.parquet": {"text": ["x"]}}, {}, None, r"a\.parquet: has neither .* are text\."),
@@ -81,6 +96,12 @@ def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
             {},
             None,
             r"b\.parquet: has no column 'l' to carry",
+        ),
+        (
+            {"a.parquet": {"prompt": ["x"]}, "b.parquet": {"prompt": ["x"], "l": [1]}},
+            {},
+            None,
+            r"b\.parquet: has a column 'l' that .*a\.parquet lacks",
         ),
     ],
 )

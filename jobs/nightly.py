@@ -151,8 +151,9 @@ def _execute(job: Job, started: float) -> Result:
     if job.run.plan.rows == 0:
         job.run.start()
         return _finish(job, [_commit_empty(job)], started)
-    if not os.environ.get("RAY_ADDRESS"):
-        _check_capacity(job, _nodes())  # before a Ray is started for it
+    here = _local_node()
+    if here is not None:
+        _check_capacity(job, [here])  # before a Ray is started for it
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # ranks log alike; read when ray is imported
     from pipeline.flow import cluster, cluster_nodes  # imports ray: 1-2 s that --help does without
 
@@ -278,14 +279,18 @@ def _local_cpus() -> int:
 
 def _nodes() -> list[NodeCapacity]:
     """The nodes a run would have, with as little started as possible."""
-    local_cpus = _local_cpus()
-    here = None if os.environ.get("RAY_ADDRESS") else this_machine(cpus=local_cpus)
+    here = _local_node()
     if here is not None:
         return [here]
     from pipeline.flow import cluster, cluster_nodes
 
-    with cluster(local_cpus=local_cpus):
+    with cluster(local_cpus=_local_cpus()):
         return cluster_nodes()
+
+
+def _local_node() -> NodeCapacity | None:
+    """The one node of a Ray in this process; None where only Ray can tell what there is."""
+    return None if os.environ.get("RAY_ADDRESS") else this_machine(cpus=_local_cpus())
 
 
 def _check_capacity(job: Job, nodes: Sequence[NodeCapacity]) -> None:

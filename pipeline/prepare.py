@@ -21,7 +21,7 @@ from pipeline.images import image_size
 from pipeline.messages import Chat, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
 from pipeline.read import InputColumns
-from pipeline.records import Failure, Prepared, block_shard, carried_columns, prepared_block
+from pipeline.records import Failure, Prepared, block_shard, input_columns, prepared_block
 from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
 from pipeline.seeds import derive_seed
 
@@ -78,11 +78,10 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
 
 def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[str, Any]]]:
     """(row number, {our name: value}) of each row; columns a file lacks are absent."""
-    struct = block.column("row").combine_chunks()
-    struct = struct.chunk(0) if isinstance(struct, pa.ChunkedArray) else struct
-    names = {field.name for field in struct.type}
+    everything = input_columns(block)
+    names = set(everything.column_names)
     present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
-    table = pa.table({ours: struct.field(theirs) for ours, theirs in present.items()})
+    table = pa.table({ours: everything.column(theirs) for ours, theirs in present.items()})
     return list(zip(block.column("input_row").to_pylist(), _to_rows(table), strict=True))
 
 
@@ -106,8 +105,7 @@ def _to_row(row: pa.Table) -> dict[str, Any]:
 
 
 def _carried(block: pa.Table, columns: InputColumns) -> pa.Table:
-    everything = carried_columns(block.rename_columns({"row": "carried"}))
-    return everything.select(columns.carried.names).cast(columns.carried)
+    return input_columns(block).select(columns.carried.names).cast(columns.carried)
 
 
 def _parse(

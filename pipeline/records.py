@@ -187,7 +187,16 @@ def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
 
 def carried_columns(block: pa.Table) -> pa.Table:
     """The carried columns of a prepared block, as a table in input order."""
-    column = block.column("carried").combine_chunks()
+    return _from_struct(block.column("carried"))
+
+
+def input_columns(block: pa.Table) -> pa.Table:
+    """The input's columns of an input block, as a table in input order."""
+    return _from_struct(block.column("row"))
+
+
+def _from_struct(chunked: pa.ChunkedArray) -> pa.Table:
+    column = chunked.combine_chunks()
     struct = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
     names = [field.name for field in struct.type]
     return pa.table({name: struct.field(i) for i, name in enumerate(names)})

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,10 +45,15 @@ class ClusterOptions:
     nodes: int = 2
     """Ray nodes besides the head."""
     cpus_per_node: int = 2
-    """CPUs each node, the head too, offers to Ray: logical ones, shared with the others."""
+    """CPUs each node offers to Ray: logical ones, shared with the others."""
+    head_cpus: int | None = None
+    """CPUs the head offers; None: as a node. 0 keeps replicas off it."""
     object_store_mb: int = 300
     """Memory (MiB) of each node's object store."""
     bucket: str = "batch"
+    s3_front: Callable[[str], str] | None = None
+    """Puts something before the S3 server, whose URL it is given; nodes and clients get the URL
+    that it returns. Probes of the server's health go past it."""
     weed: str | None = None
     """The SeaweedFS program; None looks beside Python, then on PATH."""
     start_timeout_s: float = 90.0
@@ -59,6 +64,8 @@ class ClusterOptions:
             raise ValueError(f"nodes must be 0 or more, not {self.nodes}")
         if self.cpus_per_node < 1:
             raise ValueError(f"cpus_per_node must be 1 or more, not {self.cpus_per_node}")
+        if self.head_cpus is not None and self.head_cpus < 0:
+            raise ValueError(f"head_cpus must be 0 or more, not {self.head_cpus}")
         if self.object_store_mb < 80:
             raise ValueError(
                 f"object_store_mb must be 80 or more (Ray's minimum), not {self.object_store_mb}"
@@ -175,6 +182,25 @@ class LocalCluster:
             part = self.state.part(f"node-{number}")
             processes.stop(self.state.part_group(part.name), grace_s=0)
 
+    def stop_s3(self) -> None:
+        """Ends the S3 server by SIGKILL; what it has stored stays for `start_s3`."""
+        with states.locked(self.folder):
+            processes.stop(self.state.part_group(parts.S3), grace_s=0)
+
+    def start_s3(self) -> None:
+        """Starts the S3 server anew, on the same ports and data, and waits until it takes objects.
+
+        Raises:
+            ClusterError: it does not start; it can be tried again then.
+            ValueError: it was never started.
+        """
+        weed = parts.find_weed(self._options.weed)
+        with states.locked(self.folder):
+            ports = self.state.part(parts.S3).ports
+            processes.stop(self.state.part_group(parts.S3))
+            _unlink_sockets(ports)
+            self._run_s3(weed, ports)
+
     def _start_all(self) -> None:
         """Starts every part; leaves nothing running if one fails."""
         for attempt in range(1, _ATTEMPTS + 1):
@@ -220,18 +246,28 @@ class LocalCluster:
 
     def _start_s3(self, weed: str) -> None:
         ports = parts.weed_ports()
-        state = self._save(self.state.model_copy(update={"s3_port": ports["s3.port"]}))
+        state = self._save(self.state.model_copy(update={"s3_port": ports[0]}))
+        self._run_s3(weed, ports)
+        self._report(f"  {state.s3_url}, bucket {state.bucket}")
+        if self._options.s3_front is not None:
+            front = self._options.s3_front(state.s3_url)
+            self._save(self.state.model_copy(update={"s3_front": front}))
+            self._report(f"  behind {front}")
+
+    def _run_s3(self, weed: str, ports: tuple[int, ...]) -> None:
+        state = self.state
         directory = state.part_directory(parts.S3)
         command = parts.weed_command(weed, directory=directory, bucket=state.bucket, ports=ports)
-        self._start(parts.S3, command, state.storage_environment(), tuple(ports.values()))
+        self._start(parts.S3, command, state.storage_environment(), ports)
         self._wait([parts.S3], "S3 server", lambda: parts.s3_takes_objects(self.state))
-        self._report(f"  {state.s3_url}, bucket {state.bucket}")
 
     def _start_head(self) -> None:
         ports = tuple(free_ports(5))
         dashboard, agent, client, dashboard_metrics, autoscaler_metrics = ports
         state = self._save(self.state.model_copy(update={"dashboard_port": dashboard}))
-        command = parts.head_command(state, dashboard=dashboard, agent=agent, client=client)
+        command = parts.head_command(
+            state, cpus=self._head_cpus(), dashboard=dashboard, agent=agent, client=client
+        )
         environment = parts.head_environment(
             state, dashboard_metrics=dashboard_metrics, autoscaler_metrics=autoscaler_metrics
         )
@@ -239,6 +275,10 @@ class LocalCluster:
         self._wait([parts.HEAD], "Ray head", lambda: parts.gcs_address(self.state) is not None)
         address = parts.gcs_address(state)
         self._save(self.state.model_copy(update={"gcs_address": address}))
+
+    def _head_cpus(self) -> int:
+        given = self._options.head_cpus
+        return self._options.cpus_per_node if given is None else given
 
     def _start_node(self) -> str:
         state = self.state
@@ -274,17 +314,18 @@ class LocalCluster:
     def _start(
         self, name: str, command: Sequence[str], own: dict[str, str], ports: tuple[int, ...]
     ) -> None:
-        """Starts one part in a folder of its own, and records it."""
+        """Starts one part in a folder of its own, and records it in place of an earlier start."""
         state = self.state
         directory = state.part_directory(name)
-        (directory / "data").mkdir(parents=True)
+        (directory / "data").mkdir(parents=True, exist_ok=True)
         log = state.logs / f"{name}.log"
         environment = parts.part_environment(state, name, own)
         record = processes.start(
             name, command, environment=environment, directory=directory, log=log
         )
         part = Part(record=record, ports=ports, log=log)
-        self._save(state.model_copy(update={"parts": (*state.parts, part)}))
+        recorded = {other.name: other for other in state.parts} | {name: part}  # keeps its place
+        self._save(state.model_copy(update={"parts": tuple(recorded.values())}))
 
     def _wait(self, names: Sequence[str], title: str, ready: Callable[[], bool]) -> None:
         """Until `ready()`; fails if one of the parts ends before, or at the timeout."""
@@ -320,9 +361,7 @@ class LocalCluster:
             if state is None:
                 return
             processes.stop(state.group)
-            for port in _all_ports(state):
-                for socket in parts.weed_sockets(port):
-                    socket.unlink(missing_ok=True)
+            _unlink_sockets(_all_ports(state))
             shutil.rmtree(state.directory, ignore_errors=True)
             states.forget(self.folder)
 
@@ -345,6 +384,12 @@ def _is_healthy(state: ClusterState) -> bool:
 
 def _next_node(state: ClusterState) -> str:
     return f"node-{len(state.nodes) + 1}"
+
+
+def _unlink_sockets(ports: Iterable[int]) -> None:
+    for port in ports:
+        for socket in parts.weed_sockets(port):
+            socket.unlink(missing_ok=True)
 
 
 def _all_ports(state: ClusterState) -> list[int]:

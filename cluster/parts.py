@@ -12,7 +12,7 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ HEAD = "head"
 _ADMIN_GRPC_DISTANCE = 10_000
 """SeaweedFS's maintenance worker looks for the admin server's gRPC port this far above its HTTP
 port, whatever it is told."""
+_WEED_PORTS = (
+    *("s3.port", "s3.port.grpc", "master.port", "master.port.grpc"),
+    *("volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
+    *("admin.port", "admin.port.grpc"),
+)
+"""Its options for ports, in the order in which they are recorded; S3's is the first."""
 _PROBE_TIMEOUT_S = 5.0
 _PROBE_KEY = "_probe"
 
@@ -63,17 +69,15 @@ def require_ray() -> None:
             )
 
 
-def weed_ports() -> dict[str, int]:
-    """A port for each of its services, by the name of the option; S3's is the first."""
-    names = ("s3", "master", "volume", "filer")
-    options = [option for name in names for option in (f"{name}.port", f"{name}.port.grpc")]
-    ports = dict(zip(options, free_ports(len(options)), strict=True))
-    admin = free_pair(_ADMIN_GRPC_DISTANCE, avoid=ports.values())
-    return ports | {"admin.port": admin, "admin.port.grpc": admin + _ADMIN_GRPC_DISTANCE}
+def weed_ports() -> tuple[int, ...]:
+    """A free port for each of its services; S3's is the first."""
+    ports = free_ports(len(_WEED_PORTS) - 2)
+    admin = free_pair(_ADMIN_GRPC_DISTANCE, avoid=ports)
+    return (*ports, admin, admin + _ADMIN_GRPC_DISTANCE)
 
 
-def weed_command(weed: str, *, directory: Path, bucket: str, ports: Mapping[str, int]) -> list[str]:
-    """Serves S3 with one bucket; every port is bound to loopback."""
+def weed_command(weed: str, *, directory: Path, bucket: str, ports: Sequence[int]) -> list[str]:
+    """Serves S3 with one bucket, on ports as `weed_ports` gives them, all bound to loopback."""
     return [
         weed,
         "-logtostderr=true",
@@ -89,7 +93,7 @@ def weed_command(weed: str, *, directory: Path, bucket: str, ports: Mapping[str,
         "-master.telemetry=false",
         f"-s3.localSocket={directory / 's3.sock'}",
         f"-filer.localSocket={directory / 'filer.sock'}",
-        *(f"-{option}={port}" for option, port in ports.items()),
+        *(f"-{option}={port}" for option, port in zip(_WEED_PORTS, ports, strict=True)),
     ]
 
 
@@ -98,10 +102,12 @@ def weed_sockets(port: int) -> list[Path]:
     return list(Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"))
 
 
-def head_command(state: ClusterState, *, dashboard: int, agent: int, client: int) -> list[str]:
+def head_command(
+    state: ClusterState, *, cpus: int, dashboard: int, agent: int, client: int
+) -> list[str]:
     """The Ray head, with dashboard and jobs API on loopback."""
     return [
-        *_ray_start(state, HEAD, agent=agent),
+        *_ray_start(state, HEAD, cpus=cpus, agent=agent),
         "--head",
         "--port=0",
         "--dashboard-host=127.0.0.1",
@@ -113,14 +119,15 @@ def head_command(state: ClusterState, *, dashboard: int, agent: int, client: int
 
 def node_command(state: ClusterState, name: str, *, agent: int) -> list[str]:
     """One more Ray node on this machine."""
-    return [*_ray_start(state, name, agent=agent), f"--address={state.gcs_address}"]
+    started = _ray_start(state, name, cpus=state.cpus_per_node, agent=agent)
+    return [*started, f"--address={state.gcs_address}"]
 
 
-def _ray_start(state: ClusterState, name: str, *, agent: int) -> list[str]:
+def _ray_start(state: ClusterState, name: str, *, cpus: int, agent: int) -> list[str]:
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
         f"--node-name={name}",
-        f"--num-cpus={state.cpus_per_node}",
+        f"--num-cpus={cpus}",
         f"--object-store-memory={state.object_store_mb * 1024 * 1024}",
         f"--temp-dir={ray_directory(state, name)}",
         f"--dashboard-agent-listen-port={agent}",

@@ -65,6 +65,8 @@ class ClusterState(BaseModel):
     token: str = Field(repr=False)
     parts: tuple[Part, ...] = ()
     s3_port: int | None = None
+    s3_front: str | None = None
+    """URL of what stands before the S3 server, such as a proxy; clients get it instead."""
     dashboard_port: int | None = None
     gcs_address: str | None = None
 
@@ -129,7 +131,7 @@ class ClusterState(BaseModel):
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_ENDPOINT_URL": self.s3_url,
+            "AWS_ENDPOINT_URL": self.s3_front or self.s3_url,
             "AWS_REGION": REGION,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",

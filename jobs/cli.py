@@ -23,6 +23,9 @@ from pipeline.report import Result, RunStatus, total
 
 log = logging.getLogger(__name__)
 
+_result_fd = 1
+"""Where the last line goes while descriptor 1 points at stderr."""
+
 
 class Interrupted(BaseException):
     """SIGTERM or SIGINT: stop now, what is committed stays. Not an error: nothing may eat it."""
@@ -117,10 +120,40 @@ def _without_run(status: RunStatus, error: str, started: float) -> Result:
 
 
 @contextmanager
+def first_signal(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within, the first SIGTERM or SIGINT is only told (by name), the second ends the process."""
+    told: list[str] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if told:
+            _exit_at_once(name)
+        told.append(name)
+        sys.stderr.write(f"{name}: keeping what is finished, then exit; once more = at once\n")
+        tell(name)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_at_once(signal_name: str) -> NoReturn:
+    """The contract's last line, and nothing else: no report, no clean shutdown."""
+    message = f"stopped at once by a second signal ({signal_name}); the same command resumes"
+    result = _without_run(RunStatus.INTERRUPTED, message, time.monotonic())
+    os.write(_result_fd, (json.dumps(result.to_json()) + "\n").encode())
+    os._exit(int(result.exit_code))
+
+
+@contextmanager
 def _stdout_for_result() -> Iterator[Callable[[str], None]]:
     """Point file descriptor 1 at stderr; yield a function that writes to the real stdout."""
+    global _result_fd
     sys.stdout.flush()
-    real = os.dup(1)
+    real = _result_fd = os.dup(1)
     os.dup2(2, 1)
 
     def write(line: str) -> None:

@@ -1,6 +1,6 @@
 """The main job: Parquet prompts and images in, completions in object storage out.
 
-``python -m jobs.nightly --config FILE [--set key.path=value ...] [--dry-run]``
+``python -m jobs.nightly --config FILE [--set key.path=value ...] [--dry-run] [--retry WORDS] ...``
 
 Uses the Ray cluster in ``RAY_ADDRESS``, else starts Ray in this process. The same command twice is
 safe: it resumes what is left, or finds the run finished and generates nothing.
@@ -15,26 +15,49 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotReadyError
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jobs.cli import Interrupted, job_parser, raise_interrupted, run_job
+from pipeline.lease import Lease
+
+from jobs.cli import Interrupted, first_signal, job_parser, raise_interrupted, run_job
 from pipeline import storage
 from pipeline.capacity import NodeCapacity, missing, this_machine
-from pipeline.commit import PartStats, commit_part, committed_shards, read_stats, summarize
+from pipeline.commit import (
+    Destination,
+    PartStats,
+    commit_outcomes,
+    committed_shards,
+    part_uri,
+    read_stats,
+)
 from pipeline.config import JobConfig, load_config
+from pipeline.deadline import resolve_deadline
 from pipeline.engine import Engine, EngineSpec, VLLMEngine
-from pipeline.errors import AccountingError, CapacityError, ConfigError, PipelineError
+from pipeline.errors import (
+    AccountingError,
+    CapacityError,
+    ConfigError,
+    LeaseLostError,
+    PipelineError,
+)
 from pipeline.fetch import ImageFetcher, input_root
+from pipeline.journal import clear_journals
 from pipeline.model import ModelSpec
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
 from pipeline.progress import ProgressDisplay
 from pipeline.read import Input, open_input
-from pipeline.records import part_table
+from pipeline.reopen import parse_retry, reopen
+from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
 from pipeline.run import Run, open_run
+from pipeline.watch import Reason, Watch
 
 if TYPE_CHECKING:
     from pipeline.flow import FlowSpec
@@ -45,14 +68,17 @@ _WINDOW_PER_SEQUENCE = 1.25
 """Requests kept in the engine per sequence it runs: a few wait, so that no slot is ever empty."""
 _PREPARE_CPUS = 1
 """CPUs that must be free beside the replicas, or no row would ever be prepared."""
+_TOTALS_S = 3.0
+"""What the totals of an interrupted run may take: it has to be gone by ``limits.drain_s``."""
 
 _EPILOG = """\
 exit codes: 0 done, 1 failed, 2 bad config or input, 3 above limits.max_error_rate,
-            75 interrupted (run the same command again to resume)
+            75 interrupted (run the same command again to resume) or past limits.deadline
 
 examples:
   python -m jobs.nightly --config jobs/configs/sample.yaml --dry-run
   python -m jobs.nightly --config nightly.yaml --set output.uri=s3://batch/runs/today
+  python -m jobs.nightly --config nightly.yaml --retry expired,timeout
   ray job submit --working-dir . -- python -m jobs.nightly --config nightly.yaml
 """
 
@@ -68,12 +94,56 @@ class Job:
     root: str
     """The input's folder: relative image URIs start there."""
     start_engine: Callable[[EngineSpec], Engine]
+    started: float
+    """By the monotonic clock."""
+    deadline: datetime | None
+    retry: Collection[str]
+    """Statuses and error codes of records to do again."""
+    open_run: Callable[[], Run]
+    """Looks at the output folder anew."""
+    wait: bool
+
+    @property
+    def to(self) -> Destination:
+        """Where the records go."""
+        return Destination(self.run.uri, self.run.id, self.run.manifest["model"]["name"])
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
+
+
+def nightly_parser(module: str) -> argparse.ArgumentParser:
+    """The job's command line."""
+    parser = job_parser(module, "Run a batch of prompts through the model.", _EPILOG)
+    parser.add_argument(
+        "--retry",
+        metavar="WORDS",
+        help="do these records of a finished run again: expired, errored or error codes, e.g. "
+        "expired,timeout; all others stay",
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for another driver of the run, not fail"
+    )
+    parser.add_argument(
+        "--new-run",
+        action="store_true",
+        help="discard the run that output.uri holds, and start over there",
+    )
+    parser.add_argument(
+        "--accept-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although KEY (seed, sampling or model) changed; rows done stay (repeatable)",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the job; returns the exit code."""
-    parser = job_parser("jobs.nightly", "Run a batch of prompts through the model.", _EPILOG)
-    return run_job(nightly, parser, argv)
+    return run_job(nightly, nightly_parser("jobs.nightly"), argv)
 
 
 def nightly(
@@ -82,31 +152,60 @@ def nightly(
     """Settle the job, then run, resume, or only describe it.
 
     Args:
-        arguments: as ``job_parser`` gives them.
+        arguments: as ``nightly_parser`` gives them.
         start_engine: builds a replica's engine on its node; must be picklable.
 
     Raises:
         UsageError: config, input, output folder or cluster do not fit; nothing was started.
         PipelineError: the run failed; what is committed stays and the same command resumes.
     """
-    started = time.monotonic()
-    job = settle(load_config(arguments.config, arguments.overrides), start_engine)
+    job = settle(arguments, start_engine)
     if arguments.dry_run:
-        return _dry_run(job, started)
-    if job.run.complete:
+        return _dry_run(job)
+    if job.run.complete and not job.retry:
         log.info("%s is finished; nothing to generate", job.run.uri)
-    result = _execute(job, started)
+        result = _finish(job, [])
+    else:
+        result = _execute(job)
     _summarize(result)
     return result
 
 
-def settle(config: JobConfig, start_engine: Callable[[EngineSpec], Engine]) -> Job:
+def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], Engine]) -> Job:
     """Check everything that can be checked without an engine, a cluster or a write."""
+    started = time.monotonic()
+    config = load_config(arguments.config, arguments.overrides)
+    retry = parse_retry(arguments.retry) if arguments.retry is not None else frozenset()
+    if retry and arguments.new_run:
+        raise ConfigError("give --retry or --new-run, not both.")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
     found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
     root = input_root(config.input.uri, found.files[0].uri)
     _check_apart(config, root)
-    return Job(config, profile, found, open_run(config, profile, found), root, start_engine)
+    deadline = config.limits.deadline
+
+    def look() -> Run:
+        return open_run(
+            config,
+            profile,
+            found,
+            new_run=arguments.new_run,
+            accept_changed=arguments.accept_changed,
+        )
+
+    return Job(
+        config=config,
+        profile=profile,
+        found=found,
+        run=look(),
+        root=root,
+        start_engine=start_engine,
+        started=started,
+        deadline=resolve_deadline(deadline, started=datetime.now(UTC)) if deadline else None,
+        retry=retry,
+        open_run=look,
+        wait=arguments.wait,
+    )
 
 
 def _check_apart(config: JobConfig, source: str) -> None:
@@ -119,7 +218,7 @@ def _check_apart(config: JobConfig, source: str) -> None:
         )
 
 
-def _dry_run(job: Job, started: float) -> Result:
+def _dry_run(job: Job) -> Result:
     """What would run, and whether the cluster can hold it."""
     _check_capacity(job, _nodes())
     run = job.run
@@ -139,112 +238,218 @@ def _dry_run(job: Job, started: float) -> Result:
         run=run.uri,
         rows_total=run.plan.rows,
         totals=total([]),
-        seconds=time.monotonic() - started,
+        seconds=job.seconds,
         details={"pending_rows": rows_left, "pending_shards": len(run.pending)},
     )
 
 
-def _execute(job: Job, started: float) -> Result:
+def _execute(job: Job) -> Result:
     """Run what is pending. Nothing is written before the cluster is known to hold the replicas."""
-    if not job.run.pending:
-        return _finish(job, [], started)
-    if job.run.plan.rows == 0:
-        job.run.start()
-        return _finish(job, [_commit_empty(job)], started)
+    if job.run.plan.rows == 0 or not (job.run.pending or job.retry):
+        with _owned(job) as (owned, lease):
+            return _finish(owned, [_commit_empty(owned)] if owned.run.pending else [], lease)
     here = _local_node()
     if here is not None:
         _check_capacity(job, [here])  # before a Ray is started for it
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # ranks log alike; read when ray is imported
+    # Read when ray is imported. Ranks log alike; and what is left of a stopped flow must not start
+    # another Ray.
+    os.environ.update(RAY_DEDUP_LOGS="0", RAY_ENABLE_AUTO_CONNECT="0")
     from pipeline.flow import cluster, cluster_nodes  # imports ray: 1-2 s that --help does without
 
     with cluster(local_cpus=_local_cpus()):
         signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
         _check_capacity(job, cluster_nodes())
-        job.run.start()
-        return _generate(job, started)
+        with _owned(job) as (owned, lease):
+            return _generate(owned, lease)
 
 
-def _generate(job: Job, started: float) -> Result:
+@contextmanager
+def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
+    """The run is this driver's, looked at anew, started, and with the asked rows open again.
+
+    Raises:
+        RunBusyError: another driver is at it.
+    """
+    with Lease.acquire(job.run.uri, wait=job.wait) as lease:
+        run = job.open_run()  # another driver may have gone on with it meanwhile
+        job = replace(job, run=run)
+        if job.retry or not run.complete:
+            run.start()
+        if job.retry:
+            done = [shard for shard in run.plan.shards if shard.index in run.done]
+            log.info("%d records are to be done again", reopen(job.to, done, job.retry))
+            left = frozenset(committed_shards(run.uri, run.plan))
+            job = replace(job, run=replace(run, done=left, finished=False))
+        yield job, lease
+
+
+def _generate(job: Job, lease: Lease) -> Result:
     """Run the flow to its end; a failure or a signal on the way still leaves a report."""
     from pipeline.flow import run_shards
 
-    run = job.run
+    run, limits = job.run, job.config.limits
     log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
     rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
     generated: list[PartStats] = []
+    earlier = _Earlier(run)
+    with ProgressDisplay(total=run.plan.rows, done=rows_done) as display:
+        watch = Watch(
+            max_error_rate=limits.max_error_rate,
+            min_rows=limits.error_rate_min_rows,
+            deadline=job.deadline,
+            lease_lost=lambda: lease.lost,
+            show=lambda seen: display.update(
+                seen.tally, seen.engine_restarts + seen.replica_restarts
+            ),
+        )
+        try:
+            if run.pending and not watch.is_late():
+                with first_signal(watch.interrupt):
+                    # extend() takes them one by one: after a failure, those before it are there
+                    generated.extend(run_shards(_flow_spec(job), run.pending, watch))
+        except (PipelineError, Interrupted) as error:
+            status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
+            return _broken(job, status, str(error), generated, earlier)
+    return _conclude(job, lease, watch, generated, earlier)
+
+
+def _conclude(
+    job: Job, lease: Lease, watch: Watch, generated: list[PartStats], earlier: _Earlier
+) -> Result:
+    """What comes after the flow: the end, or what the reason to stop asks for."""
+    match watch.stop and watch.stop.reason:
+        case None:
+            return _finish(job, generated, lease, earlier)
+        case Reason.LEASE_LOST:
+            assert watch.stop is not None
+            raise LeaseLostError(watch.stop.message)
+        case Reason.DEADLINE:
+            return _expire(job, lease, generated, earlier)
+        case reason:
+            assert watch.stop is not None
+            over = reason is Reason.ERROR_RATE
+            status = RunStatus.OVER_ERROR_RATE if over else RunStatus.INTERRUPTED
+            return _broken(job, status, watch.stop.message, generated, earlier)
+
+
+def _expire(job: Job, lease: Lease, generated: list[PartStats], earlier: _Earlier) -> Result:
+    """The deadline has passed: what is left becomes ``expired``, and the run ends as complete."""
+    from pipeline.flow import expire_shards
+
+    done = {stats.shard for stats in generated}
+    left = [shard for shard in job.run.pending if shard.index not in done]
+    log.info("the deadline has passed; %d open shards end as they are", len(left))
+    lease.confirm()
     try:
-        with ProgressDisplay(total=run.plan.rows, done=rows_done) as display:
-            # extend() takes them one by one: after a failure, those before it are in the list
-            generated.extend(run_shards(_flow_spec(job), run.pending, display.update))
-        return _finish(job, generated, started)
+        expired = list(expire_shards(_flow_spec(job), left)) if left else []
     except (PipelineError, Interrupted) as error:
-        status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
-        return _broken(job, status, str(error), started)
+        return _broken(job, RunStatus.INTERRUPTED, str(error), generated, earlier)
+    return _finish(job, [*generated, *expired], lease, earlier, deadline_passed=True)
 
 
-def _finish(job: Job, generated: Sequence[PartStats], started: float) -> Result:
+def _finish(
+    job: Job,
+    generated: Sequence[PartStats],
+    lease: Lease | None = None,
+    earlier: _Earlier | None = None,
+    *,
+    deadline_passed: bool = False,
+) -> Result:
     """Account for every row, write the reports and, last, ``_SUCCESS``.
 
     Raises:
-        AccountingError: rows are missing; no ``_SUCCESS`` is written.
+        AccountingError: rows are missing, or a part is of another run; no ``_SUCCESS`` is written.
+        LeaseLostError: the run is another driver's by now.
     """
-    parts = _all_parts(job.run, generated)
-    if len(parts) != len(job.run.plan.shards):
-        raise AccountingError(f"{len(job.run.plan.shards) - len(parts)} shards have no part")
+    parts = _all_parts(job.run, generated, earlier or _Earlier(job.run))
     totals = total(parts)
     result = Result(
         status=judge(job.run.plan.rows, totals, job.config.limits.max_error_rate),
         run=job.run.uri,
         rows_total=job.run.plan.rows,
         totals=totals,
-        seconds=time.monotonic() - started,
+        seconds=job.seconds,
         generated_rows=_rows_of(generated),
+        deadline_passed=deadline_passed,
     )
-    if not job.run.complete:
+    if lease is not None:
+        lease.confirm()
         write_report(result, job.run.manifest, parts)
+        clear_journals(job.run.uri)
         job.run.mark_success()
     return result
 
 
-def _broken(job: Job, status: RunStatus, error: str, started: float) -> Result:
+def _broken(
+    job: Job,
+    status: RunStatus,
+    error: str,
+    generated: Sequence[PartStats],
+    earlier: _Earlier,
+) -> Result:
     """The result of a run that stopped half-way, with what the output folder holds by now."""
+    known = {stats.shard: stats for stats in [*earlier.stats(_TOTALS_S), *generated]}
     committed = committed_shards(job.run.uri, job.run.plan)
-    parts = read_stats(job.run.uri, sorted(committed))
+    unknown = committed - set(known) - job.run.done
+    parts = [*known.values(), *read_stats(job.run.uri, sorted(unknown))]
+    unread = len(committed - {stats.shard for stats in parts})
     result = Result(
         status=status,
         run=job.run.uri,
         rows_total=job.run.plan.rows,
         totals=total(parts),
-        seconds=time.monotonic() - started,
-        generated_rows=_rows_of(part for part in parts if part.shard not in job.run.done),
+        seconds=job.seconds,
+        generated_rows=_rows_of([part for part in parts if part.shard not in job.run.done]),
         error=error,
+        details={"parts_not_counted": unread} if unread else {},
     )
     write_report(result, job.run.manifest, parts)
     return result
 
 
-def _all_parts(run: Run, generated: Sequence[PartStats]) -> list[PartStats]:
+class _Earlier:
+    """The stats of parts that were there before this start, read while the run goes on."""
+
+    def __init__(self, run: Run) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._found: Future[list[PartStats]] = self._pool.submit(
+            read_stats, run.uri, sorted(run.done)
+        )
+
+    def stats(self, timeout_s: float | None = None) -> list[PartStats]:
+        """All of them; none if they are not there within ``timeout_s``."""
+        try:
+            return self._found.result(timeout_s)
+        except NotReadyError:
+            return []
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> list[PartStats]:
     """One per shard; a shard that a lost node made twice counts once."""
-    latest = {stats.shard: stats for stats in generated}
-    return [*read_stats(run.uri, sorted(run.done - set(latest))), *latest.values()]
+    parts = {stats.shard: stats for stats in [*earlier.stats(), *generated]}
+    if len(parts) != len(run.plan.shards):
+        raise AccountingError(f"{len(run.plan.shards) - len(parts)} shards have no part")
+    for stats in parts.values():
+        if stats.run != run.id:
+            uri = part_uri(run.uri, stats.shard)
+            raise AccountingError(f"{uri} is of another run; delete it and run the command again")
+    return list(parts.values())
 
 
-def _rows_of(parts: Iterable[PartStats]) -> int:
+def _rows_of(parts: Sequence[PartStats]) -> int:
     return sum(sum(part.rows.values()) for part in parts)
 
 
 def _commit_empty(job: Job) -> PartStats:
     """An input without rows: one empty part, so that the output opens like any other."""
     (shard,) = job.run.plan.shards
-    stats = summarize(shard.index, [], 0.0)
-    table = part_table(
-        shard, [], job.found.columns.carried.empty_table(), model=job.run.manifest["model"]["name"]
-    )
-    commit_part(job.run.uri, table, shard, stats)
-    return stats
+    return commit_outcomes(job.to, shard, [], job.found.columns.carried.empty_table(), 0.0)
 
 
 def _flow_spec(job: Job) -> FlowSpec:
+    from pipeline.actor import ReplicaSpec
     from pipeline.flow import FlowSpec
 
     config, profile = job.config, job.profile
@@ -258,16 +463,28 @@ def _flow_spec(job: Job) -> FlowSpec:
         fetcher=ImageFetcher(job.root, limits.max_image_bytes, limits.image_fetch_concurrency),
     )
     sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
-    return FlowSpec(
-        output_uri=job.run.uri,
-        model_name=job.run.manifest["model"]["name"],
-        columns=job.found.columns,
-        prepare=prepare,
+    replica = ReplicaSpec(
+        to=job.to,
         engine=EngineSpec(profile.model, profile.revision, profile.engine_args, profile.env),
-        window=math.ceil(_WINDOW_PER_SEQUENCE * sequences),
+        start_engine=job.start_engine,
+        limits=ReplicaLimits(
+            window=math.ceil(_WINDOW_PER_SEQUENCE * sequences),
+            row_timeout_s=limits.row_timeout_s,
+            stall_s=limits.stall_s,
+            flush_s=limits.journal_s,
+            flush_rows=limits.journal_rows,
+        ),
+    )
+    return FlowSpec(
+        replica=replica,
+        prepare=prepare,
+        columns=job.found.columns,
+        files={file.uri: file for file in job.run.plan.files},
+        duplicates=job.run.duplicates,
         replicas=config.engine.replicas,
         needs=profile.needs,
-        start_engine=job.start_engine,
+        stall_s=limits.stall_s,
+        drain_s=limits.drain_s,
     )
 
 

@@ -2,13 +2,17 @@
 
 In: a part's table and its shard. Out: the object ``data/part-<shard>.parquet`` and its
 ``PartStats``, which also stand in the object's footer, so that a listing is all a resume needs.
-Writing a part twice replaces it with the same rows: idempotent.
+A part is created, never replaced: of two attempts at a shard the first one counts, and a late one,
+of a node that was given up or a driver that was relieved, is dropped. Only a part of another run
+(``run`` in its stats) gives way.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +25,13 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import AccountingError, StorageError
 from pipeline.plan import Plan, Shard
-from pipeline.records import Failure, Outcome, Status
+from pipeline.records import Failure, Outcome, Status, part_table
+
+log = logging.getLogger(__name__)
 
 _STATS_KEY = b"maverick.part"
 _FOOTER_THREADS = 16
+_PART_NAME = re.compile(r"part-(\d{6}|[1-9]\d{6,})\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class PartStats:
     """Completions by length: key k counts those of [2**(k-1), 2**k) tokens, key 0 empty ones."""
     seconds: float = 0.0
     """From the shard's arrival at its replica to its commit."""
+    run: str = ""
+    """Id of the run it belongs to."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -55,23 +64,29 @@ class PartStats:
         return cls(**json.loads(text))
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a run's records go, and what they say of the run; picklable."""
+
+    output_uri: str
+    run_id: str
+    model_name: str
+
+
 def part_uri(output_uri: str, shard: int) -> str:
     """Where the part of ``shard`` goes."""
     return storage.join(output_uri, "data", f"part-{shard:06d}.parquet")
 
 
-def summarize(shard: int, outcomes: Sequence[Outcome], seconds: float) -> PartStats:
+def summarize(shard: int, outcomes: Sequence[Outcome], seconds: float, run_id: str) -> PartStats:
     """The stats of a part that holds ``outcomes``."""
     completed = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    all_rows = {outcome.input_row for outcome in outcomes}
-    errored_rows = {failure.input_row for failure in failed}
+    rows = _count_rows(outcomes)
     return PartStats(
         shard=shard,
-        rows={
-            Status.SUCCEEDED: len(all_rows) - len(errored_rows),
-            Status.ERRORED: len(errored_rows),
-        },
+        run=run_id,
+        rows=rows,
         records=len(outcomes),
         tokens={
             "prompt": sum(outcome.prompt_tokens for outcome in outcomes),
@@ -86,13 +101,71 @@ def summarize(shard: int, outcomes: Sequence[Outcome], seconds: float) -> PartSt
     )
 
 
-def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats) -> None:
-    """Write the part as one whole object.
+def _count_rows(outcomes: Sequence[Outcome]) -> dict[str, int]:
+    """Input rows by status: errored if a sample is, else expired if a sample is."""
+    errored = {o.input_row for o in outcomes if o.status is Status.ERRORED}
+    expired = {o.input_row for o in outcomes if o.status is Status.EXPIRED} - errored
+    succeeded = {o.input_row for o in outcomes} - errored - expired
+    return {
+        str(Status.SUCCEEDED): len(succeeded),
+        str(Status.ERRORED): len(errored),
+        str(Status.EXPIRED): len(expired),
+    }
+
+
+def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats) -> PartStats:
+    """Write the part as one whole object, unless another attempt was first.
+
+    Returns:
+        The stats of the part that is there now: ``stats``, or those of the earlier attempt.
 
     Raises:
         AccountingError: the table does not hold each row of the shard.
         StorageError: the object could not be written and confirmed.
     """
+    _check_whole(table, shard)
+    metadata = {**(table.schema.metadata or {}), _STATS_KEY: stats.to_json().encode()}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    uri = part_uri(output_uri, shard.index)
+    if storage.create_bytes(uri, sink.getvalue()):
+        return stats
+    earlier = _read_stats(uri)
+    if earlier.run == stats.run:
+        log.info("shard %d was committed by another attempt; this one is dropped", shard.index)
+        return earlier
+    log.warning("%s is of another run (%s) and is replaced", uri, earlier.run)
+    storage.put_bytes(uri, sink.getvalue())
+    return stats
+
+
+def committed_stats(to: Destination, shard: Shard) -> PartStats | None:
+    """The stats of the shard's part, if this run has committed it.
+
+    Raises:
+        StorageError: the part is there and cannot be read.
+    """
+    try:
+        stats = _read_stats(part_uri(to.output_uri, shard.index))
+    except FileNotFoundError:
+        return None
+    return stats if stats.run == to.run_id else None
+
+
+def commit_outcomes(
+    to: Destination, shard: Shard, outcomes: Sequence[Outcome], carried: pa.Table, seconds: float
+) -> PartStats:
+    """Commit the outcomes of one whole shard, with its carried columns in input order.
+
+    Raises:
+        AccountingError, StorageError: as ``commit_part``.
+    """
+    stats = summarize(shard.index, outcomes, seconds, to.run_id)
+    table = part_table(shard, outcomes, carried, model=to.model_name)
+    return commit_part(to.output_uri, table, shard, stats)
+
+
+def _check_whole(table: pa.Table, shard: Shard) -> None:
     expected = set(range(shard.first_row, shard.first_row + shard.rows))
     keys = table.select(["input_row", "sample_index"]).to_pylist()
     present = {key["input_row"] for key in keys}
@@ -103,10 +176,12 @@ def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats
             f"shard {shard.index} of {shard.uri}: {len(expected - present)} rows have no record "
             f"and {len(present - expected)} records no row; nothing was written"
         )
-    metadata = {**(table.schema.metadata or {}), _STATS_KEY: stats.to_json().encode()}
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    storage.put_bytes(part_uri(output_uri, shard.index), sink.getvalue())
+
+
+def part_number(uri: str) -> int | None:
+    """The shard whose part has this name; None if no part is called so."""
+    match = _PART_NAME.fullmatch(storage.name(uri))
+    return int(match[1]) if match else None
 
 
 def committed_shards(output_uri: str, plan: Plan) -> set[int]:
@@ -115,17 +190,14 @@ def committed_shards(output_uri: str, plan: Plan) -> set[int]:
     Raises:
         StorageError: the folder cannot be listed, or holds a part that no shard of the plan has.
     """
-    found = {
-        storage.name(entry.uri)
-        for entry in storage.list_files(storage.join(output_uri, "data"), suffixes=(".parquet",))
-    }
-    names = {storage.name(part_uri(output_uri, shard.index)): shard.index for shard in plan.shards}
-    strange = sorted(found - set(names))
-    if strange:
-        raise StorageError(
-            f"{storage.join(output_uri, 'data', strange[0])} is no part of this run; move it away"
-        )
-    return {names[name] for name in found}
+    folder = storage.join(output_uri, "data")
+    shards: set[int] = set()
+    for entry in storage.list_files(folder, suffixes=(".parquet",)):
+        shard = part_number(entry.uri)
+        if shard is None or shard >= len(plan.shards):
+            raise StorageError(f"{entry.uri} is no part of this run; move it away")
+        shards.add(shard)
+    return shards
 
 
 def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from pipeline.deadline import check_deadline
 from pipeline.errors import ConfigError
 from pipeline.sampling import SamplingDefaults
 from pipeline.validation import describe
@@ -58,7 +59,22 @@ class LimitsSection(_Section):
     """Bounds that keep one bad row, file or host from costing more than itself."""
 
     max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """Share of errored rows (0-1) above which the finished run exits with 3."""
+    """Share of errored rows (0-1) above which the run exits with 3, early if it is plain to see."""
+    error_rate_min_rows: Annotated[int, Field(ge=1)] = 500
+    """Rows of this start before max_error_rate may stop the run early."""
+    deadline: Annotated[str | None, BeforeValidator(check_deadline)] = None
+    """When to stop, the rest becoming expired: a time with its zone (2026-11-23T06:00Z), or how
+    long after the start (6h, 90m, 45s)."""
+    row_timeout_s: Annotated[float | None, Field(gt=0)] = None
+    """Seconds one request may take inside the engine; null = any."""
+    stall_s: Annotated[float, Field(ge=1)] = 300
+    """Seconds without progress of a busy engine, or a sign of its process, before a restart."""
+    drain_s: Annotated[float, Field(ge=1)] = 30
+    """Seconds from SIGTERM to the exit: rows in the engine may finish, finished ones are kept."""
+    journal_s: Annotated[float, Field(gt=0)] = 5
+    """Seconds a finished row of an open shard may wait to be written: what a crash costs."""
+    journal_rows: Annotated[int, Field(ge=1)] = 256
+    """Finished rows of one shard that are written before their time."""
     shard_rows: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Most rows in a shard, the unit of work, of commit and of resume."""
     shard_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20

@@ -8,12 +8,14 @@ and run with vLLM 0.32; its API is used through ``AsyncLLM`` and ``SamplingParam
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import EngineError, ErrorCode, RowError
+import psutil
+
+from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.profile import locate_model
 from pipeline.sampling import Sampling
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+_REAP_S = 5.0  # SIGKILL acts at once; more is a process stuck in the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,9 @@ class Engine(Protocol):
             EngineError: the engine is dead.
         """
 
+    def progress(self) -> int:
+        """A number that grows while the engine works: it stands still only if nothing is done."""
+
     def shutdown(self) -> None:
         """Stop the engine and every process it started."""
 
@@ -81,11 +89,19 @@ class VLLMEngine:
         """Load the model: 20-50 s for small ones on a CPU, minutes for large ones.
 
         Raises:
-            EngineError: vLLM refuses the arguments or cannot load the model.
+            EngineRefusalError: vLLM refuses the arguments; the next try would end the same way.
+            EngineError: vLLM cannot load the model, or its processes died meanwhile.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a batch job calls nobody
         os.environ.update(spec.env)  # read when vLLM is imported, inherited by its processes
-        self._llm = _start(spec)
+        before = set(_descendants())
+        self._steps = 0
+        try:
+            self._llm = _start(spec, self._count_step)
+        except BaseException:
+            _reap(set(_descendants()) - before)
+            raise
+        self._processes = set(_descendants()) - before
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
@@ -103,9 +119,19 @@ class VLLMEngine:
         except (VLLMClientError, ValueError, TypeError) as error:
             raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
 
+    def progress(self) -> int:
+        """Steps of the engine's scheduler so far; see ``Engine.progress``."""
+        return self._steps
+
     def shutdown(self) -> None:
-        """See ``Engine.shutdown``."""
-        self._llm.shutdown()
+        """See ``Engine.shutdown``. What vLLM leaves of a dead engine (it holds memory) ends too."""
+        try:
+            self._llm.shutdown()
+        finally:
+            _reap(self._processes)
+
+    def _count_step(self) -> None:
+        self._steps += 1
 
     async def _final(self, request: EngineRequest) -> RequestOutput:
         prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
@@ -131,7 +157,7 @@ def engine_version() -> str:
     return "not installed"
 
 
-def _start(spec: EngineSpec) -> AsyncLLM:
+def _start(spec: EngineSpec, on_step: Callable[[], None]) -> AsyncLLM:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -139,9 +165,54 @@ def _start(spec: EngineSpec) -> AsyncLLM:
     model = locate_model(spec.model)
     try:
         engine_args = AsyncEngineArgs(model=model, revision=spec.revision, **arguments)
-        return AsyncLLM.from_engine_args(engine_args)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
+        raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
+    try:
+        return AsyncLLM.from_engine_args(engine_args, stat_loggers=[_step_counter(on_step)])
+    except (ValueError, TypeError, OSError) as error:
+        raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
+    except RuntimeError as error:
         raise EngineError(f"vLLM could not start {spec.model}: {error}") from error
+
+
+def _step_counter(on_step: Callable[[], None]) -> Callable[..., StatLoggerBase]:
+    """A vLLM stat logger that hears of each step: the one sign of life of final-only requests."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class StepCounter(StatLoggerBase):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Nothing of the engine's configuration matters here."""
+
+        def record(self, *_: Any, **__: Any) -> None:
+            on_step()
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to tell."""
+
+    return StepCounter
+
+
+def _descendants() -> list[psutil.Process]:
+    """Processes below this one, but for multiprocessing's tracker, which serves all engines."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if not _is_tracker(child)]
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return "resource_tracker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False  # gone, or a zombie
+
+
+def _reap(processes: set[psutil.Process]) -> None:
+    """End these processes. A recycled pid never counts: psutil compares start times."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=_REAP_S)
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:

@@ -7,7 +7,11 @@
     │   ├── CapacityError              the cluster cannot hold the replicas asked for
     │   └── RunMismatchError           the output folder belongs to a different run
     ├── StorageError                   an object could not be read or written      exit 1
+    │   └── StorageUnavailableError    for want of an answer: it may do later
+    ├── RunBusyError                   another driver has the run                  exit 1
+    ├── LeaseLostError                 another driver took the run over            exit 1
     ├── EngineError                    an engine could not start, or died          exit 1
+    │   └── EngineRefusalError         it refuses its arguments: no retry helps
     ├── AccountingError                rows in and rows out do not add up          exit 1
     └── RowError                       one row's failure: becomes that row's record
 
@@ -31,10 +35,11 @@ class ExitCode(IntEnum):
 
 
 class ErrorCode(StrEnum):
-    """``error_code`` of an ``errored`` record; docs/output.md explains each."""
+    """``error_code`` of a record without a completion; docs/output.md explains each."""
 
     INVALID_MESSAGES = "invalid_messages"
     INVALID_PARAMETER = "invalid_parameter"
+    DUPLICATE_CUSTOM_ID = "duplicate_custom_id"
     IMAGE_NOT_FOUND = "image_not_found"
     IMAGE_INVALID = "image_invalid"
     IMAGE_TOO_LARGE = "image_too_large"
@@ -42,6 +47,9 @@ class ErrorCode(StrEnum):
     IMAGE_FETCH_FAILED = "image_fetch_failed"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     ENGINE_REJECTED = "engine_rejected"
+    ENGINE_FATAL = "engine_fatal"
+    TIMEOUT = "timeout"
+    BATCH_EXPIRED = "batch_expired"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -77,8 +85,24 @@ class StorageError(PipelineError):
     """An object could not be listed, read or written."""
 
 
+class StorageUnavailableError(StorageError):
+    """The store gave no answer, or one that says later; the same request may do in a while."""
+
+
+class RunBusyError(PipelineError):
+    """Another driver, which is alive, has the lease of the run."""
+
+
+class LeaseLostError(PipelineError):
+    """The run's lease is no longer ours: another driver may be writing to the run."""
+
+
 class EngineError(PipelineError):
     """An engine could not be started, or died while rows were in flight."""
+
+
+class EngineRefusalError(EngineError):
+    """An engine refuses its arguments or its model; starting it again would end the same way."""
 
 
 class AccountingError(PipelineError):

@@ -1,21 +1,23 @@
-"""The steps as one Ray Data flow. The one module (with its replica actor) that imports Ray.
+"""The steps as one Ray Data flow. With the replica's actor, the one module that imports Ray.
 
     ShardSource (read) -> prepare_block (prepare) -> ReplicaActor (generate, commit) -> PartStats
 
 In: a ``FlowSpec`` and the shards to do. Out: ``PartStats`` in order of completion. Every block on
 the way is exactly one shard: Ray Data may neither split nor merge them, so the block size cap is
-off, and each step checks the shard it was given.
+off, and each step checks the shard it was given. The caller's thread stays free to look after the
+replicas (see ``roster``) and to stop them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import queue
 import socket
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,35 +29,37 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.actor import ReplicaActor, ReplicaSpec
 from pipeline.capacity import NodeCapacity
-from pipeline.commit import PartStats, commit_part, summarize
-from pipeline.engine import Engine, EngineSpec
+from pipeline.commit import PartStats
+from pipeline.duplicates import Duplicates
 from pipeline.errors import CapacityError, EngineError, PipelineError
-from pipeline.plan import Shard
+from pipeline.expire import expire_shard
+from pipeline.faults import retrying
+from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
-from pipeline.progress import Tally
 from pipeline.read import InputColumns, read_shard
-from pipeline.records import (
-    Completion,
-    Outcome,
-    block_shard,
-    carried_columns,
-    input_block,
-    part_table,
-    read_prepared,
-)
-from pipeline.replica import Replica
+from pipeline.records import input_block
+from pipeline.roster import Roster, Snapshot
 
 log = logging.getLogger(__name__)
 
 _SHARDS_PER_REPLICA = 4
 """Shards a replica works on at a time: while the last rows of one end, others fill the window."""
-_REPLICA_RESTARTS = 2
-"""Times a replica whose process died is started again before the run fails (resumable)."""
-_TALLY_INTERVAL_S = 1.0
+_STARTS_PER_REPLICA = 4
+"""Starts of a replica's process without one more completed row, after which the run fails."""
+_POLL_S = 0.25
+_LOOK_INTERVAL_S = 1.0
+_ANSWER_S = 30.0  # the roster answers at once; a driver's node may be short of CPU
+_REPORT_S = 5.0
+"""Of ``drain_s``, what is left for Ray's shutdown and the report."""
+_LAST_JOURNAL_S = 4.0
+"""Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
+_EXECUTOR_STOP_S = 3.0
+"""What Ray Data gets to end in order; a dataset without a block on its way cannot."""
 _CONNECT_S = 3.0
 _GIB = 2**30
 
@@ -64,26 +68,27 @@ _GIB = 2**30
 class FlowSpec:
     """Everything the flow's tasks and actors need; picklable."""
 
-    output_uri: str
-    model_name: str
-    columns: InputColumns
+    replica: ReplicaSpec
     prepare: PrepareSpec
-    engine: EngineSpec
-    window: int
-    """Requests in flight per replica."""
+    columns: InputColumns
+    files: Mapping[str, InputFile]
+    """The planned input files by URI."""
+    duplicates: Duplicates
     replicas: int
     needs: Needs
-    start_engine: Callable[[EngineSpec], Engine]
-    """Builds a replica's engine on its node."""
+    stall_s: float
+    """Seconds without a pulse of a replica's process before it is ended."""
+    drain_s: float
+    """Seconds ``run_shards`` may take to end once it is told to."""
 
 
 class ShardSource(Datasource):
     """A Ray Data source of one read task, and one block, per shard."""
 
-    def __init__(self, shards: Sequence[Shard], columns: InputColumns) -> None:
+    def __init__(self, spec: FlowSpec, shards: Sequence[Shard]) -> None:
         super().__init__()
+        self._spec = spec
         self._shards = shards
-        self._columns = columns
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown until read: images may be fetched by URI."""
@@ -99,7 +104,13 @@ class ShardSource(Datasource):
         del parallelism, per_task_row_limit, data_context
         return [
             ReadTask(
-                partial(_read_block, shard, self._columns),
+                partial(
+                    _read_block,
+                    shard,
+                    self._spec.columns,
+                    self._spec.files[shard.uri],
+                    self._spec.duplicates.of(shard),
+                ),
                 BlockMetadata(
                     num_rows=shard.rows,
                     size_bytes=None,
@@ -109,71 +120,6 @@ class ShardSource(Datasource):
             )
             for shard in self._shards
         ]
-
-
-class ReplicaActor:
-    """A Ray Data actor that holds one replica: prepared blocks in, committed parts' stats out."""
-
-    def __init__(self, spec: FlowSpec, tally: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-        self._spec = spec
-        self._tally = tally
-        self._replica = Replica(partial(spec.start_engine, spec.engine), window=spec.window)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Complete and commit one shard; called from several threads at a time."""
-        started = time.monotonic()
-        shard = block_shard(block)
-        meter = _Meter(self._tally)
-        outcomes = self._replica.generate(shard.index, read_prepared(block), meter.count)
-        meter.flush()
-        table = part_table(shard, outcomes, carried_columns(block), model=self._spec.model_name)
-        stats = summarize(shard.index, outcomes, time.monotonic() - started)
-        commit_part(self._spec.output_uri, table, shard, stats)
-        return pa.table({"stats": [stats.to_json()]})
-
-    def __del__(self) -> None:
-        """Ray Data drops its actors at the end of a flow; the engine's processes end here."""
-        replica = getattr(self, "_replica", None)
-        if replica is not None:
-            replica.shutdown()
-
-
-class _Meter:
-    """Counts one shard's outcomes and reports them to the driver about once a second."""
-
-    def __init__(self, tally: Any) -> None:
-        self._tally = tally
-        self._counted = Tally()
-        self._last = time.monotonic()
-
-    def count(self, outcome: Outcome) -> None:
-        completed = isinstance(outcome, Completion)
-        self._counted += Tally(
-            rows=int(outcome.sample_index == 0),
-            failed=int(not completed),
-            tokens=outcome.completion_tokens if isinstance(outcome, Completion) else 0,
-        )
-        if time.monotonic() - self._last >= _TALLY_INTERVAL_S:
-            self.flush()
-
-    def flush(self) -> None:
-        self._last = time.monotonic()
-        counted, self._counted = self._counted, Tally()
-        self._tally.add.remote(counted)
-
-
-class _TallyKeeper:
-    """Sums what replicas report, for the driver's progress display. Losing it loses no row."""
-
-    def __init__(self) -> None:
-        self._sum = Tally()
-
-    def add(self, counted: Tally) -> None:
-        self._sum += counted
-
-    def read(self) -> Tally:
-        return self._sum
 
 
 @contextmanager
@@ -227,21 +173,155 @@ def cluster_nodes() -> list[NodeCapacity]:
 
 
 def run_shards(
-    spec: FlowSpec, shards: Sequence[Shard], on_tally: Callable[[Tally], None]
+    spec: FlowSpec, shards: Sequence[Shard], watch: Callable[[Snapshot], bool]
 ) -> Iterator[PartStats]:
     """Run ``shards`` to committed parts; stats come as parts are committed, in any order.
 
+    Args:
+        spec: what the flow's tasks and actors need.
+        shards: what to run.
+        watch: sees the replicas' state about once a second; True = stop now. Replicas then write
+            down what they have, and this ends within ``spec.drain_s``.
+
     Raises:
-        EngineError: a replica could not start or died more than twice.
+        EngineError: a replica could not start, or replicas died again and again.
         StorageError, AccountingError: a part could not be read or written whole.
     """
-    keeper = ray.remote(num_cpus=0)(_TallyKeeper).remote()
-    with _own_errors(), _polling(keeper, on_tally):
-        for batch in _dataset(spec, shards, keeper).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
+    roster = _start_roster()
+    driver = _Driver(spec, roster, watch)
+    with _own_errors():
+        results = _Results(_dataset(spec, shards, roster))
+        while not results.finished and not driver.wants_stop():
+            yield from results.take(_POLL_S)
+        if not results.finished:
+            yield from driver.drain(results)
+        yield from results.take(0)
+        results.raise_error()
+
+
+def expire_shards(spec: FlowSpec, shards: Sequence[Shard]) -> Iterator[PartStats]:
+    """Commit ``shards`` without an engine: what their journals have, and the rest ``expired``.
+
+    Raises:
+        StorageError, AccountingError: a part could not be read or written whole.
+    """
+    _configure_ray_data()
+    with _own_errors():
+        expired = _read(spec, shards).map_batches(
+            partial(expire_shard, to=spec.replica.to, prepare=spec.prepare),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        for batch in expired.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield from map(PartStats.from_json, batch.column("stats").to_pylist())
-        on_tally(ray.get(keeper.read.remote()))
+
+
+class _Driver:
+    """The driver's side of the roster: looks, decides, orders."""
+
+    def __init__(self, spec: FlowSpec, roster: Any, watch: Callable[[Snapshot], bool]) -> None:
+        self._spec = spec
+        self._roster = roster
+        self._watch = watch
+        self._next_look = 0.0
+        self._killed: dict[str, float] = {}
+
+    def wants_stop(self) -> bool:
+        """Look, at most once a second, and hear what the caller makes of it.
+
+        Raises:
+            EngineError: replicas are started again and again and get nowhere.
+        """
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_INTERVAL_S
+        snapshot = self._look()
+        self._restart_hung(snapshot)
+        starts = snapshot.starts_without_progress
+        if starts > _STARTS_PER_REPLICA * self._spec.replicas:
+            raise EngineError(
+                f"{starts} replicas were started without one more row completed; "
+                f"the last error: {snapshot.last_error or 'their processes were killed'}"
+            )
+        return self._watch(snapshot)
+
+    def drain(self, results: _Results) -> Iterator[PartStats]:
+        """Have the replicas stop; parts committed meanwhile, until all have or time is up."""
+        until = time.monotonic() + self._spec.drain_s - _REPORT_S
+        grace = max(0.0, self._spec.drain_s - _REPORT_S - _LAST_JOURNAL_S)
+        ray.get(self._roster.drain.remote(grace), timeout=_ANSWER_S)
+        while time.monotonic() < until and not results.finished and self._look().running:
+            yield from results.take(_POLL_S)
+        results.stop(_EXECUTOR_STOP_S)
+
+    def _look(self) -> Snapshot:
+        found: Snapshot = ray.get(self._roster.look.remote(), timeout=_ANSWER_S)
+        return found
+
+    def _restart_hung(self, snapshot: Snapshot) -> None:
+        """End replicas that have not been heard of; Ray starts others in their place."""
+        now = time.monotonic()
+        for silent in snapshot.silent:
+            since_kill = now - self._killed.get(silent.replica, -math.inf)
+            if min(silent.seconds, since_kill) > self._spec.stall_s and silent.handle is not None:
+                log.warning("a replica was silent for %.0f s and is ended", silent.seconds)
+                self._killed[silent.replica] = now
+                ray.kill(silent.handle, no_restart=False)
+
+
+class _Results:
+    """A dataset's stats, taken by a thread of its own, so that the caller can look up meanwhile."""
+
+    def __init__(self, dataset: ray.data.Dataset) -> None:
+        self._queue: queue.SimpleQueue[PartStats] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._stopped = False
+        self._thread = threading.Thread(
+            target=self._pull, args=(dataset,), name="results", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the dataset came to its end, good or bad."""
+        return not self._thread.is_alive()
+
+    def take(self, timeout_s: float) -> Iterator[PartStats]:
+        """What came in; waits for the first up to ``timeout_s``."""
+        try:
+            yield self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
+            while True:
+                yield self._queue.get_nowait()
+        except queue.Empty:
+            return
+
+    def stop(self, timeout_s: float) -> None:
+        """End the dataset at its next block; waits for that up to ``timeout_s``."""
+        self._stopped = True
+        self._thread.join(timeout_s)
+
+    def raise_error(self) -> None:
+        """Raise what ended the dataset, if anything did, unless it was to end anyway."""
+        if self._error is not None and not self._stopped:
+            raise self._error
+
+    def _pull(self, dataset: ray.data.Dataset) -> None:
+        try:
+            for batch in dataset.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                for stats in map(PartStats.from_json, batch.column("stats").to_pylist()):
+                    self._queue.put(stats)
+                if self._stopped:
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again on the caller's thread
+            self._error = error
+
+
+def _start_roster() -> Any:
+    """The roster's actor, on the driver's own node: it is of no use without the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Roster).remote()
 
 
 @contextmanager
@@ -267,37 +347,35 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _dataset(spec: FlowSpec, shards: Sequence[Shard], keeper: Any) -> ray.data.Dataset:
+def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
+    return ray.data.read_datasource(ShardSource(spec, shards), override_num_blocks=len(shards))
+
+
+def _dataset(spec: FlowSpec, shards: Sequence[Shard], roster: Any) -> ray.data.Dataset:
     _configure_ray_data()
-    rows = ray.data.read_datasource(
-        ShardSource(shards, spec.columns), override_num_blocks=len(shards)
-    )
-    prepared = rows.map_batches(
+    prepared = _read(spec, shards).map_batches(
         partial(prepare_block, spec=spec.prepare), batch_size=None, batch_format="pyarrow"
     )
-    with warnings.catch_warnings():
-        # 2.60 has no other way to bound restarts (its default: for ever), and warns of this one
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return prepared.map_batches(
-            ReplicaActor,
-            fn_constructor_args=(spec, keeper),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(
-                size=spec.replicas,
-                max_concurrent_calls_per_actor=_SHARDS_PER_REPLICA,
-                max_tasks_in_flight_per_actor=_SHARDS_PER_REPLICA + 1,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=spec.needs.cpus_per_node,
-            # An engine over several nodes gets its GPUs from vLLM's Ray backend, not the actor.
-            num_gpus=spec.needs.gpus_per_node if spec.needs.nodes == 1 else 0,
-            accelerator_type=spec.needs.accelerator if spec.needs.nodes == 1 else None,
-            max_restarts=_REPLICA_RESTARTS,
-            # While a lost node is noticed, a task fails several times a second: the restarts are
-            # the bound, and a task is tried as long as its replica lives.
-            max_task_retries=-1,
-        )
+    return prepared.map_batches(
+        ReplicaActor,
+        fn_constructor_args=(spec.replica, roster),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=spec.replicas,
+            max_concurrent_calls_per_actor=_SHARDS_PER_REPLICA,
+            max_tasks_in_flight_per_actor=_SHARDS_PER_REPLICA + 1,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=spec.needs.cpus_per_node,
+        # An engine over several nodes gets its GPUs from vLLM's Ray backend, not the actor.
+        num_gpus=spec.needs.gpus_per_node if spec.needs.nodes == 1 else 0,
+        accelerator_type=spec.needs.accelerator if spec.needs.nodes == 1 else None,
+        # Also what keeps Ray Data from fusing prepare into the replica's process.
+        memory=spec.needs.memory_gib_per_node * _GIB,
+        # Ray restarts replicas, and retries their shards, without end (its default): the driver
+        # bounds restarts that get nowhere, which a night of lost nodes must not add up to.
+    )
 
 
 def _configure_ray_data() -> None:
@@ -310,29 +388,11 @@ def _configure_ray_data() -> None:
     context.execution_options.verbose_progress = False
 
 
-def _read_block(shard: Shard, columns: InputColumns) -> list[pa.Table]:
-    return [input_block(shard, read_shard(shard, columns))]
-
-
-@contextmanager
-def _polling(keeper: Any, on_tally: Callable[[Tally], None]) -> Iterator[None]:
-    """Hand the replicas' counts to ``on_tally`` once a second while the flow runs."""
-    stopped = threading.Event()
-
-    def poll() -> None:
-        while not stopped.wait(_TALLY_INTERVAL_S):
-            try:
-                on_tally(ray.get(keeper.read.remote(), timeout=5 * _TALLY_INTERVAL_S))
-            except RayError as error:
-                log.debug("no progress counts: %s", error)
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
+def _read_block(
+    shard: Shard, columns: InputColumns, planned: InputFile, first_uses: Mapping[int, FirstUse]
+) -> list[pa.Table]:
+    read = partial(read_shard, shard, columns, planned=planned)
+    return [input_block(shard, retrying(read, what=f"read {shard.uri}"), first_uses)]
 
 
 def _accelerator(resources: dict[str, float]) -> str | None:

@@ -55,6 +55,8 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
             f"messages refer to {len(sources) - len(unused)} of {len(sources)} images; "
             "give each image a part {'type': 'image'}"
         )
+    if not any(_says_something(turn["content"]) for turn in chat):
+        raise _invalid("the prompt is empty: no message has any text or image")
     return Chat(chat, tuple(attached))
 
 
@@ -63,6 +65,8 @@ def _from_prompt(prompt: Any, images: list[ImageSource]) -> Chat:
         raise _invalid("the row has neither prompt nor messages")
     if not isinstance(prompt, str):
         raise _invalid(f"prompt must be a string, not {type(prompt).__name__}")
+    if not prompt and not images:
+        raise _invalid("the prompt is empty")
     content: Any = _checked_text(prompt, "prompt")
     if images:
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
@@ -105,6 +109,13 @@ def _turn(
         for number, part in enumerate(content)
     ]
     return {**known, "content": parts}
+
+
+def _says_something(content: str | list[dict[str, str]]) -> bool:
+    """Whether a message's content, in normal form, has text (blanks count) or an image."""
+    if isinstance(content, str):
+        return bool(content)
+    return any(part["type"] == "image" or part["text"] for part in content)
 
 
 def _part(

@@ -31,6 +31,15 @@ class InputFile:
     data_bytes: int
     """Bytes of all columns, decompressed, by the footer."""
 
+    def changes(self, found: InputFile) -> str:
+        """What ``found``, the same file asked for anew, has otherwise; empty if nothing."""
+        pairs = (
+            ("size", self.size, found.size),
+            ("rows", self.rows, found.rows),
+            ("version", self.version, found.version),
+        )
+        return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -40,6 +49,15 @@ class Shard:
     uri: str
     first_row: int
     rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class FirstUse:
+    """The row that used a ``custom_id`` first."""
+
+    uri: str
+    row: int
+    """Row number in that file, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +71,6 @@ class Plan:
     def rows(self) -> int:
         """Input rows."""
         return sum(file.rows for file in self.files)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the input files: name, size, version and rows."""
-        listing = json.dumps([asdict(file) for file in self.files], sort_keys=True)
-        return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
     def to_json(self) -> str:
         """The plan as saved with the run; shards as [file number, first row, rows]."""
@@ -79,6 +92,12 @@ class Plan:
             for index, (number, first_row, rows) in enumerate(document["shards"])
         )
         return cls(files, shards)
+
+
+def fingerprint(files: Sequence[InputFile]) -> str:
+    """SHA-256 over the input files: name, size, version and rows."""
+    listing = json.dumps([asdict(file) for file in files], sort_keys=True)
+    return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
 def make_plan(files: Sequence[InputFile], *, shard_rows: int, shard_bytes: int) -> Plan:

@@ -20,8 +20,17 @@ from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
 from pipeline.messages import Chat, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
+from pipeline.plan import FirstUse
 from pipeline.read import InputColumns
-from pipeline.records import Failure, Prepared, block_shard, input_columns, prepared_block
+from pipeline.records import (
+    Failure,
+    Prepared,
+    Status,
+    block_shard,
+    input_columns,
+    prepared_block,
+    read_first_uses,
+)
 from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
 from pipeline.seeds import derive_seed
 
@@ -61,7 +70,10 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     prompts = load_prompt_format(spec.model)
     shard = block_shard(block)
     rows = _input_rows(block, spec.columns)
-    parsed = [_parse(number, row, spec, shard.uri) for number, row in rows]
+    parsed = [
+        _parse(number, row, earlier, spec, shard.uri)
+        for (number, row), earlier in zip(rows, read_first_uses(block), strict=True)
+    ]
     images = spec.fetcher.fetch(
         source
         for item in parsed
@@ -73,7 +85,33 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
         item if isinstance(item, Failure) else _prepare(item, images, prompts, spec)
         for item in parsed
     ]
-    return prepared_block(shard, items, _carried(block, spec.columns))
+    return prepared_block(shard, items, carried(block, spec.columns))
+
+
+def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
+    """An ``expired`` record for each sample of an input block; nothing is judged or fetched."""
+    uri = block_shard(block).uri
+    return [
+        expired
+        for number, row in _input_rows(block, spec.columns)
+        for expired in _expired(_parse(number, row, None, spec, uri), spec)
+    ]
+
+
+def _expired(item: _Parsed | Failure, spec: PrepareSpec) -> list[Failure]:
+    seeds: tuple[int, ...]
+    if isinstance(item, Failure):
+        row, custom_id, seeds = item.input_row, item.custom_id, (item.seed,)
+    else:
+        row, custom_id = item.row, item.custom_id
+        seeds = _seeds(item, resolve(spec.sampling, item.sampling).n, spec)
+    message = "limits.deadline passed before it was generated; --retry expired reopens it"
+    return [
+        Failure(
+            row, custom_id, ErrorCode.BATCH_EXPIRED, message, seed, index, status=Status.EXPIRED
+        )
+        for index, seed in enumerate(seeds)
+    ]
 
 
 def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[str, Any]]]:
@@ -104,17 +142,24 @@ def _to_row(row: pa.Table) -> dict[str, Any]:
     return values
 
 
-def _carried(block: pa.Table, columns: InputColumns) -> pa.Table:
+def carried(block: pa.Table, columns: InputColumns) -> pa.Table:
+    """The columns to carry of an input block, in input order."""
     return input_columns(block).select(columns.carried.names).cast(columns.carried)
 
 
 def _parse(
-    number: int, row: Mapping[str, Any], spec: PrepareSpec, input_file: str
+    number: int,
+    row: Mapping[str, Any],
+    earlier: FirstUse | None,
+    spec: PrepareSpec,
+    input_file: str,
 ) -> _Parsed | Failure:
     given = row.get("custom_id")
     usable = given is not None and not isinstance(given, UnicodeDecodeError)
     custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"
     try:
+        if earlier is not None:
+            raise _duplicate(custom_id, earlier)
         for name, value in row.items():
             if isinstance(value, UnicodeDecodeError):
                 raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
@@ -125,6 +170,14 @@ def _parse(
         seed = derive_seed(spec.run_seed, custom_id, 0)
         return Failure(number, custom_id, failed.code, failed.message, seed)
     return _Parsed(number, custom_id, chat, sampling)
+
+
+def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:
+    return RowError(
+        ErrorCode.DUPLICATE_CUSTOM_ID,
+        f"custom_id {custom_id!r} was used before, by row {earlier.row} of {earlier.uri}; "
+        "give each row its own",
+    )
 
 
 def _row_error(error: Exception, custom_id: str) -> RowError:

@@ -30,6 +30,9 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         return Tally(self.rows + other.rows, self.failed + other.failed, self.tokens + other.tokens)
 
+    def __sub__(self, other: Tally) -> Tally:
+        return Tally(self.rows - other.rows, self.failed - other.failed, self.tokens - other.tokens)
+
 
 class ProgressDisplay:
     """Shows ``Tally`` updates; a context manager."""
@@ -57,14 +60,17 @@ class ProgressDisplay:
         if self._bar:
             self._bar.stop()
 
-    def update(self, tally: Tally) -> None:
-        """Show ``tally``; plain lines come at most every 10 s, and start with the first row."""
+    def update(self, tally: Tally, restarts: int = 0) -> None:
+        """Show ``tally``; plain lines come at most every 10 s, and start with the first row.
+
+        ``restarts`` counts engines and replicas that were started again.
+        """
         now = time.monotonic()
         if tally.rows and self._started is None:
             self._started = self._idle_until
         if not tally.rows:
             self._idle_until = now
-        detail = self._detail(tally, now)
+        detail = self._detail(tally, now) + (f"  restarts {restarts}" if restarts else "")
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=self._done + tally.rows, detail=detail)
         elif now >= self._next_line:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,12 +69,47 @@ def open_input(uri: str, *, renamed: Mapping[str, str], carry: Sequence[str] | N
     return Input(files, _settle_columns(schemas, renamed, carry))
 
 
-def read_shard(shard: Shard, columns: InputColumns) -> pa.Table:
-    """The rows of ``shard``: request columns under our names that the file has, then carried ones.
+def read_shard(
+    shard: Shard, columns: InputColumns, *, planned: InputFile | None = None
+) -> pa.Table:
+    """The rows of ``shard``: those request and carried columns that the file has, by their names.
+
+    Args:
+        shard: which rows of which file.
+        columns: what to read.
+        planned: the file as planned. It is asked for anew after the rows were read, so that rows
+            of another version are never returned.
 
     Raises:
-        StorageError: the file cannot be read, or has fewer rows than planned.
+        StorageError: the file cannot be read, changed since it was planned, or has fewer rows.
     """
+    try:
+        return _read_planned_rows(shard, columns)
+    except FileNotFoundError:
+        raise StorageError(f"{shard.uri}: is gone since the run was planned; put it back") from None
+    except pa.ArrowException as error:
+        raise StorageError(f"cannot read {shard.uri}: {error}") from error
+    finally:
+        if planned is not None:
+            _check_unchanged(planned)  # of two errors, this one is the cause
+
+
+def _check_unchanged(planned: InputFile) -> None:
+    try:
+        size, version = storage.version(planned.uri)
+    except FileNotFoundError:
+        raise StorageError(
+            f"{planned.uri}: is gone since the run was planned; put it back"
+        ) from None
+    if (size, version) != (planned.size, planned.version):
+        what = planned.changes(replace(planned, size=size, version=version))
+        raise StorageError(
+            f"{planned.uri}: changed since the run was planned ({what}); put the old file back, "
+            "or start over with --new-run"
+        )
+
+
+def _read_planned_rows(shard: Shard, columns: InputColumns) -> pa.Table:
     with storage.open_input(shard.uri) as handle:
         file = pq.ParquetFile(handle)
         present = set(file.schema_arrow.names)

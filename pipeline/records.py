@@ -1,23 +1,28 @@
 """The typed records that travel between steps, and their Arrow forms.
 
-    read -> prepare      input block: shard, input_row, row (a struct of the input's columns)
+    read -> prepare      input block: shard, input_row, first_use, row (a struct of the columns)
     prepare -> generate  prepared block: a Prepared or a Failure per input row, carried columns
     generate -> commit   part: one row per record, OUTPUT_SCHEMA, then the carried columns
+    generate -> journal  records alone: one row per record, OUTPUT_SCHEMA
 
 Every block holds exactly one shard. Conversions are lossless and need no schema inference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import ErrorCode
-from pipeline.plan import Shard
+from pipeline.plan import FirstUse, Shard
 from pipeline.sampling import Sampling
+
+SampleKey = tuple[int, int]
+"""(input_row, sample_index)"""
 
 
 class Status(StrEnum):
@@ -61,6 +66,13 @@ class Failure:
     attempts: int = 0
     prompt_tokens: int = 0
     image_tokens: int = 0
+    status: Status = Status.ERRORED
+    """``errored`` or ``expired``."""
+
+    @property
+    def key(self) -> SampleKey:
+        """What names the record within its file."""
+        return self.input_row, self.sample_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,12 @@ class Completion:
     seed: int
     latency_s: float
     attempts: int = 1
+    status: Status = field(default=Status.SUCCEEDED, init=False)
+
+    @property
+    def key(self) -> SampleKey:
+        """What names the record within its file."""
+        return self.input_row, self.sample_index
 
 
 Outcome = Completion | Failure
@@ -109,6 +127,7 @@ OUTPUT_SCHEMA = pa.schema(
 _SHARD_TYPE = pa.struct(
     [("index", pa.int32()), ("uri", pa.string()), ("first_row", pa.int64()), ("rows", pa.int64())]
 )
+_FIRST_USE_TYPE = pa.struct([("uri", pa.string()), ("row", pa.int64())])
 _PREPARED_FIELDS = [
     ("shard", _SHARD_TYPE),
     ("input_row", pa.int64()),
@@ -137,13 +156,21 @@ def carried_names(names: Sequence[str]) -> dict[str, str]:
     return renamed
 
 
-def input_block(shard: Shard, columns: pa.Table) -> pa.Table:
-    """One shard's input rows; the user's columns sit in a struct, where no name can clash."""
+def input_block(
+    shard: Shard, columns: pa.Table, first_uses: Mapping[int, FirstUse] | None = None
+) -> pa.Table:
+    """One shard's input rows; the user's columns sit in a struct, where no name can clash.
+
+    ``first_uses`` has, for each row whose ``custom_id`` an earlier row used, that earlier row.
+    """
     rows = columns.num_rows
+    numbers = range(shard.first_row, shard.first_row + rows)
+    earlier = [(first_uses or {}).get(number) for number in numbers]
     return pa.table(
         {
             "shard": pa.array([asdict(shard)] * rows, _SHARD_TYPE),
-            "input_row": pa.array(range(shard.first_row, shard.first_row + rows), pa.int64()),
+            "input_row": pa.array(numbers, pa.int64()),
+            "first_use": pa.array([use and asdict(use) for use in earlier], _FIRST_USE_TYPE),
             "row": _to_struct(columns, rows),
         }
     )
@@ -190,6 +217,11 @@ def carried_columns(block: pa.Table) -> pa.Table:
     return _from_struct(block.column("carried"))
 
 
+def read_first_uses(block: pa.Table) -> list[FirstUse | None]:
+    """For each row of an input block, the row that used its ``custom_id`` first, if one did."""
+    return [use and FirstUse(**use) for use in block.column("first_use").to_pylist()]
+
+
 def input_columns(block: pa.Table) -> pa.Table:
     """The input's columns of an input block, as a table in input order."""
     return _from_struct(block.column("row"))
@@ -206,14 +238,24 @@ def part_table(
     shard: Shard, outcomes: Iterable[Outcome], carried: pa.Table, *, model: str
 ) -> pa.Table:
     """All records of one shard in order of (row, sample), then the carried columns."""
-    ordered = sorted(outcomes, key=lambda outcome: (outcome.input_row, outcome.sample_index))
-    records = [_record(outcome, model, shard.uri) for outcome in ordered]
-    table = pa.Table.from_pylist(records, schema=OUTPUT_SCHEMA)
+    ordered = sorted(outcomes, key=lambda outcome: outcome.key)
+    table = record_table(shard, ordered, model=model)
     positions = pa.array([outcome.input_row - shard.first_row for outcome in ordered], pa.int64())
     taken = carried.take(positions) if carried.num_columns else carried
     for source, output in carried_names(carried.column_names).items():
         table = table.append_column(output, taken.column(source))
     return table
+
+
+def record_table(shard: Shard, outcomes: Iterable[Outcome], *, model: str) -> pa.Table:
+    """Records of one shard in the order given: ``OUTPUT_SCHEMA``, no carried columns."""
+    records = [_record(outcome, model, shard.uri) for outcome in outcomes]
+    return pa.Table.from_pylist(records, schema=OUTPUT_SCHEMA)
+
+
+def read_records(table: pa.Table) -> list[Outcome]:
+    """The inverse of ``record_table``; columns beyond ``OUTPUT_SCHEMA`` are left out."""
+    return [_outcome(record) for record in table.select(OUTPUT_SCHEMA.names).to_pylist()]
 
 
 def _prepared(row: dict[str, object]) -> Prepared:
@@ -245,6 +287,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
     common: dict[str, object] = {
         "custom_id": outcome.custom_id,
         "sample_index": outcome.sample_index,
+        "status": outcome.status,
         "prompt_tokens": outcome.prompt_tokens,
         "image_tokens": outcome.image_tokens,
         "seed": outcome.seed,
@@ -256,7 +299,6 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
     if isinstance(outcome, Failure):
         return {
             **common,
-            "status": Status.ERRORED,
             "completion_tokens": 0,
             "total_tokens": outcome.prompt_tokens,
             "cached_tokens": 0,
@@ -265,7 +307,6 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         }
     return {
         **common,
-        "status": Status.SUCCEEDED,
         "text": outcome.text,
         "finish_reason": outcome.finish_reason,
         "completion_tokens": outcome.completion_tokens,
@@ -273,6 +314,25 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "cached_tokens": outcome.cached_tokens,
         "latency_s": outcome.latency_s,
     }
+
+
+_SHARED_FIELDS = (
+    *("input_row", "custom_id", "sample_index", "seed", "attempts", "prompt_tokens"),
+    "image_tokens",
+)
+_COMPLETION_FIELDS = ("text", "finish_reason", "completion_tokens", "cached_tokens", "latency_s")
+
+
+def _outcome(record: Mapping[str, Any]) -> Outcome:
+    shared = {name: record[name] for name in _SHARED_FIELDS}
+    if record["status"] == Status.SUCCEEDED:
+        return Completion(**shared, **{name: record[name] for name in _COMPLETION_FIELDS})
+    return Failure(
+        **shared,
+        code=ErrorCode(record["error_code"]),
+        message=record["error_message"],
+        status=Status(record["status"]),
+    )
 
 
 def _encodable(message: str) -> str:

@@ -1,72 +1,159 @@
 """generate: prepared rows -> outcomes, on one engine, several shards at a time.
 
-In: shards' prepared rows, from several threads. Out: one outcome per sample. Rows of all shards
-share one admission window, so that a shard's end is never a barrier: while its last rows finish,
-the next shard's rows are already in the engine. The engine lives on an asyncio loop of its own.
+In: shards' prepared rows, from several threads. Out: one outcome per sample, in batches as they
+finish. Rows of all shards share one admission window, so that a shard's end is never a barrier.
+
+An engine that dies, or stands still, is started again here. The requests that were inside are
+tried again under quarantine (see ``quarantine``); the one that kills engines becomes a record, the
+others complete. What lives on the asyncio loop stays there: threads only wait for batches.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from PIL.Image import Image
 
-from pipeline.engine import Engine, EngineRequest
-from pipeline.errors import RowError
+from pipeline.engine import Engine, EngineOutput, EngineRequest
+from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
-from pipeline.records import Completion, Failure, Outcome, Prepared
+from pipeline.quarantine import Quarantine
+from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey
+
+log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 30.0  # vLLM's processes end within seconds; longer means they hang
+_START_TRIES = 2
+_START_PAUSE_S = 2.0
+_DEATHS_BEYOND_HALVING = 5
+"""Deaths in a row, beyond what halving a window takes, that put the engine itself at fault."""
+_CONVICTIONS_IN_A_ROW = 3
+"""Rows in a row that kill the engine: then the engine itself is at fault."""
+_CHECKS_PER_STALL = 20
+_DRAIN_SLACK_S = 1.0
+_POLL_S = 0.5
 
 T = TypeVar("T")
-OnOutcome = Callable[[Outcome], None]
+Key = tuple[int, int, int]
+"""(shard, input_row, sample_index)"""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLimits:
+    """Bounds of one replica."""
+
+    window: int
+    """Most requests inside the engine at a time."""
+    row_timeout_s: float | None = None
+    """Seconds one request may take in the engine; None = any."""
+    stall_s: float = 300.0
+    """Seconds without any progress of a busy engine after which it is started again."""
+    flush_s: float = 5.0
+    """Longest time a finished outcome waits in a batch."""
+    flush_rows: int = 256
+    """Outcomes that make a batch before its time."""
 
 
 class Replica:
-    """An engine and the window of requests in flight on it."""
+    """An engine, the requests in flight on it, and its restarts."""
 
-    def __init__(self, start_engine: Callable[[], Engine], *, window: int) -> None:
+    def __init__(self, start_engine: Callable[[], Engine], limits: ReplicaLimits) -> None:
         """Start the engine on a new loop and wait until it is ready.
 
         Args:
-            start_engine: builds the engine; called on the loop's thread.
-            window: most requests inside the engine at a time.
+            start_engine: builds the engine; called on the loop's thread, again after each death.
+            limits: bounds of this replica.
 
         Raises:
             EngineError: the engine could not be started.
         """
+        self._start_engine = start_engine
+        self._limits = limits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        self._window = asyncio.Semaphore(window)
+        self._window = asyncio.Semaphore(limits.window)
+        self._gate = asyncio.Condition()
+        self._quarantine: Quarantine[Key] = Quarantine()
+        self._life: _Life | None = None
+        self._broken: EngineError | None = None
+        self._drain_until: float | None = None
+        self._works: set[_Work] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._deaths_in_a_row = 0
+        self._convictions_in_a_row = 0
+        self.engine_restarts = 0
+        """Times the engine was started again."""
         try:
-            self._engine = self._wait(_call(start_engine))
+            self._wait(self._begin())
         except BaseException:
             self._stop_loop()
             raise
 
-    def generate(
-        self, shard: int, items: Sequence[Prepared | Failure], on_outcome: OnOutcome
-    ) -> list[Outcome]:
-        """Every outcome of one shard; blocks the calling thread, several may call at once.
+    @property
+    def draining(self) -> bool:
+        """Whether no more requests are admitted."""
+        return self._drain_until is not None
 
-        ``on_outcome`` is called once per outcome, on the engine's thread, as each is known.
+    def generate(
+        self,
+        shard: int,
+        items: Sequence[Prepared | Failure],
+        *,
+        known: Collection[SampleKey] = frozenset(),
+    ) -> Iterator[list[Outcome]]:
+        """The outcomes of one shard in batches, at least every ``flush_s`` seconds.
+
+        Blocks the calling thread between batches; several threads may be inside at once. Under
+        ``drain`` it ends early: rows that were not finished have no outcome. Samples in ``known``
+        are left out.
 
         Raises:
-            EngineError: the engine died; the shard's rows have no outcome.
+            EngineError: the engine died and cannot be brought back.
         """
-        return self._wait(self._shard(shard, items, on_outcome))
+        work = _Work(self._limits.flush_rows)
+        work.add([i for i in items if isinstance(i, Failure) and i.key not in known])
+        samples = [
+            (item, index)
+            for item in items
+            if isinstance(item, Prepared)
+            for index in range(item.sampling.n)
+            if (item.input_row, index) not in known
+        ]
+        future = asyncio.run_coroutine_threadsafe(self._shard(shard, samples, work), self._loop)
+        future.add_done_callback(lambda _: work.finish())
+        try:
+            # After a drain's grace the loop may be busy starting an engine: do not wait for it.
+            while not (work.finished or self._is_drained()):
+                if batch := work.take(self._limits.flush_s, unless=self._is_drained):
+                    yield batch
+            if batch := work.take(0):
+                yield batch
+            if future.done() and not future.cancelled():
+                future.result()
+        finally:
+            future.cancel()
+
+    def drain(self, grace_s: float) -> None:
+        """Admit no more requests; those inside may finish for ``grace_s`` seconds. Not undone."""
+        if self.draining:
+            return
+        self._drain_until = time.monotonic() + grace_s
+        self._loop.call_soon_threadsafe(self._spawn, self._drained(grace_s))
 
     def shutdown(self) -> None:
         """Stop the engine and its processes, then the loop. Safe to call twice."""
         if self._loop.is_closed():
             return
         try:
-            self._wait(_call(self._engine.shutdown), timeout=_SHUTDOWN_S)
+            self._wait(self._end(), timeout=_SHUTDOWN_S)
         finally:
             self._stop_loop()
 
@@ -79,74 +166,327 @@ class Replica:
     def _wait(self, work: Coroutine[None, None, T], timeout: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
-    async def _shard(
-        self, shard: int, items: Sequence[Prepared | Failure], on_outcome: OnOutcome
-    ) -> list[Outcome]:
-        failed = [item for item in items if isinstance(item, Failure)]
-        for failure in failed:
-            on_outcome(failure)
-        tasks = [
-            asyncio.create_task(self._sample(shard, item, index, on_outcome))
-            for item in items
-            if isinstance(item, Prepared)
-            for index in range(item.sampling.n)
-        ]
-        try:
-            return [*failed, *await asyncio.gather(*tasks)]
-        finally:
-            for task in tasks:
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run ``work`` as a task that nobody awaits, and hold on to it; call it on the loop."""
+        task = self._loop.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _is_drained(self) -> bool:
+        """Whether the grace of a drain is over, by a clock that needs no loop."""
+        until = self._drain_until
+        return until is not None and time.monotonic() > until + _DRAIN_SLACK_S
+
+    # From here on everything runs on the loop.
+
+    async def _begin(self) -> None:
+        self._life = _Life(await self._started())
+        self._spawn(self._watch())
+
+    async def _end(self) -> None:
+        for task in [*self._background, *(task for work in self._works for task in work.tasks)]:
+            task.cancel()
+        if self._life is not None:
+            self._life.engine.shutdown()
+
+    async def _started(self) -> Engine:
+        for attempt in range(1, _START_TRIES + 1):
+            try:
+                return self._start_engine()
+            except EngineRefusalError:
+                raise
+            except EngineError as error:
+                if attempt == _START_TRIES:
+                    raise
+                log.warning("the engine did not start, once more: %s", error)
+                await asyncio.sleep(_START_PAUSE_S)
+        raise AssertionError("unreachable")
+
+    async def _drained(self, grace_s: float) -> None:
+        async with self._gate:
+            self._gate.notify_all()
+        await asyncio.sleep(grace_s)
+        for work in self._works:
+            for task in work.tasks:
                 task.cancel()
 
-    async def _sample(
-        self, shard: int, item: Prepared, index: int, on_outcome: OnOutcome
-    ) -> Outcome:
-        async with self._window:
-            outcome = await self._attempt(shard, item, index)
-        on_outcome(outcome)
-        return outcome
+    async def _shard(
+        self, shard: int, samples: Sequence[tuple[Prepared, int]], work: _Work
+    ) -> None:
+        self._works.add(work)
+        work.tasks = [
+            asyncio.create_task(self._sample((shard, item.input_row, index), item, work))
+            for item, index in samples
+        ]
+        try:
+            await asyncio.gather(*work.tasks)
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+        finally:
+            self._works.discard(work)
+            for task in work.tasks:
+                task.cancel()
 
-    async def _attempt(self, shard: int, item: Prepared, index: int) -> Outcome:
-        started = time.monotonic()
+    async def _sample(self, key: Key, item: Prepared, work: _Work) -> None:
+        async with self._window:
+            try:
+                outcome = await self._outcome(key, item)
+            finally:
+                await self._leave(key)
+        if outcome is not None:
+            work.add([outcome])
+
+    async def _outcome(self, key: Key, item: Prepared) -> Outcome | None:
+        """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
+        attempts = 0
         try:
             # Decoding takes milliseconds of CPU: off the loop, and only for rows in the window.
             images = await asyncio.to_thread(_decode_all, item.images)
-            request = EngineRequest(
-                request_id=f"{shard}-{item.input_row}-{index}",
-                token_ids=list(item.token_ids),
-                images=images,
-                sampling=item.sampling,
-                seed=item.seeds[index],
-            )
-            output = await self._engine.generate(request)
+            request = _request(key, item, images)
+            while (life := await self._admitted(key)) is not None:
+                attempts += 1
+                started = time.monotonic()
+                try:
+                    output = await life.ask(key, request, self._limits.row_timeout_s)
+                except EngineError:
+                    if self._is_fatal(life, key):
+                        raise _fatal(attempts, life) from None
+                else:
+                    self._deaths_in_a_row = self._convictions_in_a_row = 0
+                    return _completion(key, item, output, time.monotonic() - started, attempts)
         except RowError as error:
-            return Failure(
-                input_row=item.input_row,
-                custom_id=item.custom_id,
-                code=error.code,
-                message=error.message,
-                seed=item.seeds[index],
-                sample_index=index,
-                attempts=1,
-                prompt_tokens=item.prompt_tokens,
-                image_tokens=item.image_tokens,
-            )
-        return Completion(
-            input_row=item.input_row,
-            custom_id=item.custom_id,
-            sample_index=index,
-            text=output.text,
-            finish_reason=output.finish_reason,
-            prompt_tokens=output.prompt_tokens,
-            completion_tokens=output.completion_tokens,
-            cached_tokens=output.cached_tokens,
-            image_tokens=item.image_tokens,
-            seed=item.seeds[index],
-            latency_s=time.monotonic() - started,
-        )
+            return _failure(key, item, error, attempts)
+        return None
+
+    async def _admitted(self, key: Key) -> _Life | None:
+        """The engine, once ``key`` may enter it; None when no more are admitted.
+
+        Raises:
+            EngineError: there is no engine any more.
+        """
+        async with self._gate:
+            while not self.draining:
+                if self._broken is not None:
+                    raise self._broken
+                if self._life is not None and self._quarantine.admits(key):
+                    return self._life
+                await self._gate.wait()
+        return None
+
+    async def _leave(self, key: Key) -> None:
+        """``key`` is through, one way or another: others may be waiting for that."""
+        if self._quarantine.active:
+            self._quarantine.ended(key)
+            async with self._gate:
+                self._gate.notify_all()
+        else:
+            self._quarantine.ended(key)
+
+    def _is_fatal(self, life: _Life, key: Key) -> bool:
+        """The engine died with ``key`` inside: is it the one that kills engines?
+
+        The first to notice takes the engine away, and has the next one started.
+        """
+        if life is self._life:
+            self._life = None
+            self._judge(life)
+            self._spawn(self._restart(life))
+        return key == life.convicted
+
+    def _judge(self, life: _Life) -> None:
+        life.convicted = self._quarantine.died(life.suspects)
+        log.warning("the engine died with %d requests inside: %s", len(life.suspects), life.cause)
+        if life.convicted is None:
+            self._deaths_in_a_row += 1
+            return
+        self._deaths_in_a_row = 0
+        self._convictions_in_a_row += 1
+        shard, row, sample = life.convicted
+        log.warning("row %d (sample %d) of shard %d kills the engine", row, sample, shard)
+
+    async def _restart(self, life: _Life) -> None:
+        try:
+            life.engine.shutdown()
+            self._give_up_on_a_broken_engine(life)
+            self._life = _Life(await self._started())
+            self.engine_restarts += 1
+            log.info("the engine is back (restart %d)", self.engine_restarts)
+        except EngineError as error:
+            self._broken = error
+        except Exception as error:  # noqa: BLE001 - a dead engine may fail in any way when stopped
+            self._broken = EngineError(f"the engine cannot be started again: {error}")
+        async with self._gate:
+            self._gate.notify_all()
+
+    def _give_up_on_a_broken_engine(self, life: _Life) -> None:
+        halvings = math.ceil(math.log2(max(2, self._limits.window)))
+        if (
+            self._deaths_in_a_row > halvings + _DEATHS_BEYOND_HALVING
+            or self._convictions_in_a_row >= _CONVICTIONS_IN_A_ROW
+        ):
+            raise EngineError(f"the engine dies again and again: {life.cause}")
+
+    async def _watch(self) -> None:
+        """End an engine that has requests inside and stands still."""
+        last: tuple[_Life | None, int] = (None, 0)
+        since = time.monotonic()
+        while True:
+            await asyncio.sleep(self._limits.stall_s / _CHECKS_PER_STALL)
+            life = self._life
+            seen = (life, life.engine.progress() if life else 0)
+            if life is None or not life.inside or seen != last:
+                last, since = seen, time.monotonic()
+            elif time.monotonic() - since > self._limits.stall_s:
+                life.end(EngineError(f"no progress for {self._limits.stall_s:g} s"))
 
 
-async def _call(function: Callable[[], T]) -> T:
-    return function()
+@dataclass(eq=False)
+class _Work:
+    """One shard's hand-over from the loop to the thread that waits for it."""
+
+    flush_rows: int
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _batch: list[Outcome] = field(default_factory=list)
+    _finished: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will be added."""
+        return self._finished
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        with self._changed:
+            self._batch.extend(outcomes)
+            if len(self._batch) >= self.flush_rows:
+                self._changed.notify()
+
+    def finish(self) -> None:
+        with self._changed:
+            self._finished = True
+            self._changed.notify()
+
+    def take(
+        self, timeout_s: float, *, unless: Callable[[], bool] = lambda: False
+    ) -> list[Outcome]:
+        """What came in within ``timeout_s``, or sooner if that is a batch full, or the end."""
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            while (left := until - time.monotonic()) > 0 and not unless():
+                if self._changed.wait_for(self._is_ready, min(left, _POLL_S)):
+                    break
+            batch, self._batch = self._batch, []
+        return batch
+
+    def _is_ready(self) -> bool:
+        return self._finished or len(self._batch) >= self.flush_rows
+
+
+class _Life:
+    """One engine from its start to its end."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.inside: dict[Key, None] = {}
+        self.suspects: tuple[Key, ...] = ()
+        """Who was inside when it ended."""
+        self.convicted: Key | None = None
+        self.cause: EngineError | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(self, cause: EngineError) -> None:
+        """The engine is dead; everyone inside hears of it."""
+        if self.cause is None:
+            self.cause = cause
+            self.suspects = tuple(self.inside)
+            self._ended.set_result(None)
+
+    async def ask(self, key: Key, request: EngineRequest, timeout_s: float | None) -> EngineOutput:
+        """The engine's answer.
+
+        Raises:
+            RowError: it refuses the request, or took more than ``timeout_s``: then it is aborted.
+            EngineError: it died meanwhile.
+        """
+        if self.cause is not None:
+            raise self.cause
+        self.inside[key] = None
+        answer = asyncio.ensure_future(self.engine.generate(request))
+        answer.add_done_callback(_retrieve)
+        try:
+            either: set[asyncio.Future[Any]] = {answer, self._ended}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if self.cause is not None:
+                raise self.cause
+            raise RowError(ErrorCode.TIMEOUT, f"not finished after {timeout_s:g} s")
+        except EngineError as error:
+            self.end(error)
+            raise
+        finally:
+            self.inside.pop(key, None)
+            answer.cancel()
+
+
+def _retrieve(answer: asyncio.Future[EngineOutput]) -> None:
+    """Nobody asks an answer that came after its time; asyncio would complain of its exception."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _request(key: Key, item: Prepared, images: tuple[Image, ...]) -> EngineRequest:
+    shard, row, index = key
+    return EngineRequest(
+        request_id=f"{shard}-{row}-{index}",
+        token_ids=list(item.token_ids),
+        images=images,
+        sampling=item.sampling,
+        seed=item.seeds[index],
+    )
+
+
+def _completion(
+    key: Key, item: Prepared, output: EngineOutput, latency_s: float, attempts: int
+) -> Completion:
+    _, row, index = key
+    return Completion(
+        input_row=row,
+        custom_id=item.custom_id,
+        sample_index=index,
+        text=output.text,
+        finish_reason=output.finish_reason,
+        prompt_tokens=output.prompt_tokens,
+        completion_tokens=output.completion_tokens,
+        cached_tokens=output.cached_tokens,
+        image_tokens=item.image_tokens,
+        seed=item.seeds[index],
+        latency_s=latency_s,
+        attempts=attempts,
+    )
+
+
+def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failure:
+    _, row, index = key
+    return Failure(
+        input_row=row,
+        custom_id=item.custom_id,
+        code=error.code,
+        message=error.message,
+        seed=item.seeds[index],
+        sample_index=index,
+        attempts=attempts,
+        prompt_tokens=item.prompt_tokens,
+        image_tokens=item.image_tokens,
+    )
+
+
+def _fatal(attempts: int, life: _Life) -> RowError:
+    return RowError(
+        ErrorCode.ENGINE_FATAL,
+        f"{attempts} engines died with this request inside, the last with no other: {life.cause}",
+    )
 
 
 def _decode_all(images: tuple[bytes, ...]) -> tuple[Image, ...]:

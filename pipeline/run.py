@@ -1,35 +1,49 @@
 """The run folder: its manifest, its saved plan, its end marker, and whether a config may resume it.
 
-    run.json      what runs: resolved config, versions, model revision, input fingerprint
-    _plan.json    the shards
-    data/         the parts                                   (commit)
-    report.*      what came of it                             (report)
-    _SUCCESS      last, only when rows in = rows out
+    run.json              what runs: id, resolved config, versions, model revision, input
+    _plan.json            the input files and the shards
+    _duplicates.parquet   rows that repeat a custom_id, if there are any
+    data/                 the parts                           (commit)
+    _journal/             finished rows of open shards        (journal)
+    report.*              what came of it                     (report)
+    _SUCCESS              last, only when rows in = rows out
 
 In: a config, an input and a profile. Out: a ``Run``: what is planned and which shards are left.
-Nothing is written until ``start``.
+Nothing is written, and nothing discarded, until ``start``.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import re
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline import __version__, storage
-from pipeline.commit import committed_shards
+from pipeline.commit import committed_shards, part_number
 from pipeline.config import JobConfig
+from pipeline.duplicates import Duplicates, find_duplicates
 from pipeline.engine import engine_version
-from pipeline.errors import RunMismatchError, StorageError
+from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.model import model_name, model_revision
-from pipeline.plan import Plan, Shard, make_plan
+from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
 from pipeline.read import Input
 
+log = logging.getLogger(__name__)
+
+ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
+"""What a resumed run may be told to go on with: rows already done stay as they are."""
+_NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
 _SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
 _REDACTED = "***"
@@ -48,6 +62,15 @@ class Run:
     """Whether the folder already holds this run."""
     finished: bool
     """Whether ``_SUCCESS`` is there."""
+    accepted: bool = False
+    """Whether the manifest holds accepted changes that the folder's does not yet."""
+    replaces: bool = False
+    """Whether what the folder holds is discarded at the start."""
+
+    @property
+    def id(self) -> str:
+        """What tells this run from others in the same folder; empty if an old version made it."""
+        return str(self.manifest.get("id", ""))
 
     @property
     def pending(self) -> tuple[Shard, ...]:
@@ -59,50 +82,122 @@ class Run:
         """Whether nothing is left to do, the marker included."""
         return self.finished and not self.pending
 
+    @cached_property
+    def duplicates(self) -> Duplicates:
+        """Rows that repeat a ``custom_id``: a new run reads that column, a resumed one its list.
+
+        Raises:
+            StorageError: an input file, or the saved list, cannot be read.
+        """
+        if self.exists:
+            return self._saved_duplicates()
+        column = self.manifest["config"]["input"]["columns"].get("custom_id", "custom_id")
+        return find_duplicates(self.plan.files, column)
+
     def start(self) -> None:
-        """Write plan and manifest if the run is new; take an outdated marker away."""
-        if self.finished:
+        """Discard what the run replaces; write plan, duplicates and manifest of a new run.
+
+        An outdated end marker goes first, the manifest comes last: a start that is cut short
+        leaves a folder that says so.
+
+        Raises:
+            StorageError: an object cannot be read, written or deleted.
+        """
+        if self.finished or not self.exists:
             storage.delete(self._file("_SUCCESS"))
+        if self.replaces:
+            _discard(self.uri)
         if not self.exists:
-            storage.put_bytes(self._file("_plan.json"), self.plan.to_json().encode())
+            self._write_new()
+        elif self.accepted:
             storage.put_bytes(self._file("run.json"), _to_bytes(self.manifest))
 
     def mark_success(self) -> None:
         """Write ``_SUCCESS``, the last object of the run."""
         storage.put_bytes(self._file("_SUCCESS"), b"")
 
+    def _write_new(self) -> None:
+        storage.put_bytes(self._file("_plan.json"), self.plan.to_json().encode())
+        repeating = len(self.duplicates)
+        if repeating:
+            log.warning("%d rows repeat a custom_id; they end as errored", repeating)
+            storage.put_bytes(self._file("_duplicates.parquet"), self.duplicates.to_parquet())
+        counted = {**self.manifest["input"], "duplicates": repeating}
+        storage.put_bytes(self._file("run.json"), _to_bytes({**self.manifest, "input": counted}))
+
+    def _saved_duplicates(self) -> Duplicates:
+        if not self.manifest["input"].get("duplicates"):
+            return Duplicates.none(self.plan.files)
+        uri = self._file("_duplicates.parquet")
+        try:
+            return Duplicates.from_parquet(storage.read_bytes(uri), self.plan.files)
+        except (FileNotFoundError, ValueError, KeyError, pa.ArrowException) as error:
+            raise StorageError(
+                f"{uri} is missing or damaged ({error}); start over with --new-run"
+            ) from None
+
     def _file(self, name: str) -> str:
         return storage.join(self.uri, name)
 
 
-def open_run(config: JobConfig, profile: EngineProfile, found: Input) -> Run:
+def open_run(
+    config: JobConfig,
+    profile: EngineProfile,
+    found: Input,
+    *,
+    new_run: bool = False,
+    accept_changed: Collection[str] = (),
+) -> Run:
     """Look at the output folder and decide: a new run, or the continuation of the one there.
 
+    Args:
+        config: the job.
+        profile: its engine.
+        found: its input.
+        new_run: whether to discard, at the start, what the folder holds.
+        accept_changed: of ``ACCEPTABLE_CHANGES``, those that a continued run may go on with.
+
     Raises:
+        ConfigError: ``accept_changed`` names another key.
         InputError: the output's bucket cannot be reached.
-        RunMismatchError: the folder holds a run of other input, model, seed or sampling.
+        RunMismatchError: the folder holds a run of other input, model, seed or sampling, or what
+            is left of one.
         StorageError: the folder cannot be read.
     """
+    _check_acceptable(accept_changed)
     storage.check_reachable(config.output.uri)
     uri = storage.absolute(config.output.uri).rstrip("/")
     storage.check_folder(uri)
+    wanted = _manifest(config, profile, found.files)
+    saved = _load(uri)
+    if saved is not None and not new_run:
+        return _resume(uri, saved, wanted, found.files, accept_changed)
+    _check_leftovers(uri, new_run=new_run)
     limits = config.limits
     plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
-    manifest = _manifest(config, profile, plan)
-    saved = _load(uri)
-    if saved is None:
-        if storage.list_files(storage.join(uri, "data"), suffixes=(".parquet",)):
-            raise RunMismatchError(f"{uri} holds data/ but no run.json; give another output.uri.")
-        return Run(uri, manifest, plan, frozenset(), exists=False, finished=False)
-    _check_same(uri, saved, manifest)
+    manifest = {"id": uuid.uuid4().hex, **wanted}
+    return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
+
+
+def _resume(
+    uri: str,
+    saved: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    files: Sequence[InputFile],
+    accept_changed: Collection[str],
+) -> Run:
+    changed = _changed_keys(saved, wanted)
+    _check_same(uri, saved, wanted, [key for key in changed if key not in accept_changed])
     plan = _load_plan(uri)
+    _check_same_files(uri, plan.files, files)
     return Run(
         uri,
-        saved,
+        _with_accepted(saved, wanted, changed) if changed else saved,
         plan,
         frozenset(committed_shards(uri, plan)),
         exists=True,
         finished=storage.exists(storage.join(uri, "_SUCCESS")),
+        accepted=bool(changed),
     )
 
 
@@ -117,7 +212,9 @@ def redacted(value: Any, name: str = "") -> Any:
     return value
 
 
-def _manifest(config: JobConfig, profile: EngineProfile, plan: Plan) -> dict[str, Any]:
+def _manifest(
+    config: JobConfig, profile: EngineProfile, files: Sequence[InputFile]
+) -> dict[str, Any]:
     model = locate_model(profile.model)
     return {
         "config": redacted(config.model_dump(mode="json")),
@@ -128,9 +225,9 @@ def _manifest(config: JobConfig, profile: EngineProfile, plan: Plan) -> dict[str
         },
         "input": {
             "uri": config.input.uri,
-            "files": len(plan.files),
-            "rows": plan.rows,
-            "fingerprint": plan.fingerprint(),
+            "files": len(files),
+            "rows": sum(file.rows for file in files),
+            "fingerprint": fingerprint(files),
         },
         "versions": _versions(),
     }
@@ -148,10 +245,9 @@ def _versions() -> dict[str, str]:
 
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change under a run; the cluster's side (replicas, memory) may."""
+    """What, beside the input's files, must not change under a run; the cluster's side may."""
     config = manifest["config"]
     return {
-        "input files": manifest["input"]["fingerprint"],
         "input.columns": config["input"]["columns"],
         "output.carry": config["output"]["carry"],
         "seed": config["seed"],
@@ -160,26 +256,111 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_same(uri: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    ours = _identity(wanted)
-    try:
-        theirs = _identity(saved)
-    except (KeyError, TypeError):
+def _changed_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    theirs, ours = _identity(saved), _identity(wanted)
+    return [key for key in ours if theirs[key] != ours[key]]
+
+
+def _check_acceptable(keys: Collection[str]) -> None:
+    unknown = sorted(set(keys) - set(ACCEPTABLE_CHANGES))
+    if unknown:
+        raise ConfigError(
+            f"--accept-changed {unknown[0]}: must be one of {', '.join(ACCEPTABLE_CHANGES)}."
+        )
+
+
+def _check_same(
+    uri: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], changed: Sequence[str]
+) -> None:
+    """Refuse the changes that nobody accepted, all in one message."""
+    if not changed:
+        return
+    theirs, ours = _identity(saved), _identity(wanted)
+    named = [text for key in changed for text in _differences(key, theirs[key], ours[key])]
+    remedy = "restore it, or start over with --new-run, which discards what the folder holds"
+    if set(changed) <= set(ACCEPTABLE_CHANGES):
+        accepted = " ".join(f"--accept-changed {key}" for key in changed)
+        remedy += f", or go on with {accepted}: rows already done stay as they are"
+    raise RunMismatchError(f"{uri} holds a run with {'; '.join(named)}. Either {remedy}.")
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[str]:
+    """``another KEY: OLD there, NEW here``; of objects, just the keys that differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            if old.get(name) != new.get(name):
+                yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    else:
+        yield f"another {key}: {json.dumps(old)} there, {json.dumps(new)} here"
+
+
+def _with_accepted(
+    saved: Mapping[str, Any], wanted: Mapping[str, Any], changed: Sequence[str]
+) -> dict[str, Any]:
+    """The saved manifest with the accepted changes, and a history of them."""
+    theirs, ours = _identity(saved), _identity(wanted)
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    history = [{"key": key, "from": theirs[key], "to": ours[key], "at": at} for key in changed]
+    replaced = {key: wanted["config"][key] for key in ("seed", "sampling") if key in changed}
+    manifest = {**saved, "config": {**saved["config"], **replaced}}
+    if "model" in changed:
+        manifest |= {"model": wanted["model"], "engine": wanted["engine"]}
+        manifest["config"]["engine"] = wanted["config"]["engine"]
+    return {**manifest, "history": [*saved.get("history", []), *history]}
+
+
+def _check_same_files(uri: str, planned: Sequence[InputFile], found: Sequence[InputFile]) -> None:
+    """Refuse an input that is not the planned one; names what changed, was added or is gone."""
+    theirs = {file.uri: file for file in planned}
+    ours = {file.uri: file for file in found}
+    changes = {name: theirs[name].changes(ours[name]) for name in theirs if name in ours}
+    named = [
+        *_some("changed", [f"{name} ({what})" for name, what in changes.items() if what]),
+        *_some("added", [name for name in ours if name not in theirs]),
+        *_some("gone", [name for name in theirs if name not in ours]),
+    ]
+    if named:
         raise RunMismatchError(
-            f"{uri}/run.json is not this program's; use another folder."
-        ) from None
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise RunMismatchError(
-                f"{uri} holds a run with another {key}: {_brief(theirs[key])} there, "
-                f"{_brief(value)} here; restore it or give another output.uri."
-            )
+            f"the input is not the one that the run in {uri} was planned for: {'; '.join(named)}. "
+            "Either restore it, or start over with --new-run, which discards what the folder "
+            "holds, or give another output.uri."
+        )
 
 
-def _brief(value: Any) -> str:
-    if isinstance(value, dict):
-        value = {key: item for key, item in value.items() if item not in (None, "", [])}
-    return json.dumps(value)
+def _some(what: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = len(names) - _NAMED_FILES
+    listed = ", ".join(names[:_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
+    return [f"{len(names)} {'file' if len(names) == 1 else 'files'} {what}: {listed}"]
+
+
+def _check_leftovers(uri: str, *, new_run: bool) -> None:
+    """A folder that is to hold a new run may hold no parts, unless they are to be discarded."""
+    parts = storage.list_files(storage.join(uri, "data"), suffixes=(".parquet",))
+    strange = [part.uri for part in parts if part_number(part.uri) is None]
+    if strange:
+        raise RunMismatchError(f"{strange[0]} is no part of a run; move it away.")
+    if not new_run and (parts or storage.list_files(storage.join(uri, "_journal"))):
+        raise RunMismatchError(
+            f"{uri} holds data/ or _journal/ but no run.json, as after a --new-run that was cut "
+            "short; discard them with --new-run, or give another output.uri."
+        )
+
+
+def _discard(uri: str) -> None:
+    """Delete a run's objects, by the names this program gives; whatever else is there stays.
+
+    The manifest goes before what it describes: from then on the folder is refused until another
+    ``--new-run`` has finished the work. The lease stays, as its holder is doing this.
+    """
+    storage.delete(storage.join(uri, "run.json"))
+    data = storage.list_files(storage.join(uri, "data"), suffixes=(".parquet",))
+    parts = [entry.uri for entry in data if part_number(entry.uri) is not None]
+    journal = [entry.uri for entry in storage.list_files(storage.join(uri, "_journal"))]
+    storage.delete_all([*parts, *journal])
+    for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
+        storage.delete(storage.join(uri, name))
 
 
 def _load(uri: str) -> dict[str, Any] | None:
@@ -190,9 +371,13 @@ def _load(uri: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise StorageError(f"{manifest_uri} is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise StorageError(f"{manifest_uri} is not a run manifest")
-    return document
+    try:
+        _identity(document)
+    except (KeyError, TypeError):
+        raise RunMismatchError(
+            f"{manifest_uri} is not this program's; use another folder."
+        ) from None
+    return dict(document)
 
 
 def _load_plan(uri: str) -> Plan:
@@ -200,7 +385,9 @@ def _load_plan(uri: str) -> Plan:
     try:
         return Plan.from_json(storage.read_bytes(plan_uri))
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{plan_uri} is missing or damaged ({error}); start anew") from None
+        raise StorageError(
+            f"{plan_uri} is missing or damaged ({error}); start over with --new-run"
+        ) from None
 
 
 def _to_bytes(document: Mapping[str, Any]) -> bytes:

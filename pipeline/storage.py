@@ -4,39 +4,49 @@ In: URIs (``s3://``, ``gs://``, ``file://`` or plain paths). Out: bytes, seekabl
 A put is one whole object or nothing: object stores promise that for one PUT, local files get it by
 writing beside and renaming. A put that cannot be confirmed raises ``StorageError``.
 
+Every operation is tried again, for ``PATIENCE_S`` seconds or what ``patience`` says, while the
+store gives no answer (``StorageUnavailableError``); any other ``StorageError`` rises at once.
+``check_reachable`` alone asks once.
+
 Credentials and endpoints come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``,
 ...), never from a config, so that they reach no manifest or log.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import posixpath
-import uuid
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from botocore.exceptions import BotoCoreError
+from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol
+from fsspec.utils import get_protocol, glob_translate
 
-from pipeline.errors import InputError, StorageError
+from pipeline import faults, local_files
+from pipeline.errors import InputError, StorageError, StorageUnavailableError
+from pipeline.faults import PATIENCE_S as PATIENCE_S
+from pipeline.faults import patience as patience
+from pipeline.faults import retrying as retrying
+
+T = TypeVar("T")
 
 _S3_PROTOCOLS = ("s3", "s3a")
-# Patient enough for a store that restarts, bounded so that a dead one is reported.
-_S3_OPTIONS: dict[str, Any] = {
-    "config_kwargs": {
-        "connect_timeout": 10,
-        "read_timeout": 60,
-        "retries": {"max_attempts": 6, "mode": "standard"},
-        "max_pool_connections": 32,
-    }
-}
+_CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_S = 30
+"""Between two pieces of an answer."""
+_CONNECTIONS = 64
+_DELETE_BATCH = 1000  # S3's limit for one request
 # A first look before anything starts: a wrong endpoint or bucket must be told in seconds.
 _S3_PROBE: dict[str, Any] = {
     "config_kwargs": {
@@ -121,32 +131,50 @@ def list_files(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> list[FileEntry
     In folders, names that start with ``_`` or ``.`` are skipped at every level (the convention
     of Spark, Arrow and DuckDB), and only names ending in one of ``suffixes`` are kept. An absent
     folder gives an empty list.
+
+    Raises:
+        StorageError: some of it cannot be listed; there is no listing of the rest.
     """
-    with _translated(uri, "list"):
-        fs, path = _filesystem(uri)
-        if has_glob(uri):
-            found = fs.glob(path, detail=True)
-        else:
-            fs.invalidate_cache()
-            found = fs.find(path, detail=True)
-    root = path.rstrip("/")
-    entries = [
-        _entry(fs, info)
-        for key, info in found.items()
-        if info["type"] == "file"
-        and (key.rstrip("/") == root or has_glob(uri) or _is_visible(key[len(root) :]))
-        and key.endswith(suffixes)
-    ]
-    return sorted(entries, key=lambda entry: entry.uri)
+
+    def found(fs: fsspec.AbstractFileSystem, path: str) -> list[FileEntry]:
+        root = path.rstrip("/")
+        infos = _glob(fs, path) if has_glob(uri) else _find(fs, root, get_protocol(uri))
+        return [
+            _entry(fs, info)
+            for info in infos
+            if (has_glob(uri) or _is_visible(info["name"].rstrip("/")[len(root) :]))
+            and info["name"].endswith(suffixes)
+        ]
+
+    return sorted(_attempted(uri, "list", found), key=lambda entry: entry.uri)
 
 
 def list_folder(uri: str) -> list[str]:
     """URIs of the files directly in the folder ``uri``, whatever their names, sorted."""
-    with _translated(uri, "list"):
-        fs, path = _filesystem(uri)
-        fs.invalidate_cache()
-        found = fs.ls(path, detail=True)
-    return sorted(fs.unstrip_protocol(info["name"]) for info in found if info["type"] == "file")
+
+    def found(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+        infos = fs.ls(path, detail=True)
+        return sorted(fs.unstrip_protocol(info["name"]) for info in infos if _is_file(info))
+
+    return _attempted(uri, "list", found)
+
+
+def version(uri: str) -> tuple[int, str]:
+    """Size (bytes) and version of the object at ``uri``, asked anew, as ``list_files`` gives them.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: the store does not tell.
+    """
+
+    def found(fs: fsspec.AbstractFileSystem, path: str) -> FileEntry:
+        info = fs.info(path)
+        if not _is_file(info):
+            raise FileNotFoundError(uri)
+        return _entry(fs, info)
+
+    entry = _attempted(uri, "look at", found)
+    return entry.size, entry.version
 
 
 def read_bytes(uri: str, *, limit: int | None = None) -> bytes:
@@ -156,55 +184,147 @@ def read_bytes(uri: str, *, limit: int | None = None) -> bytes:
         FileNotFoundError: no such object.
         StorageError: it cannot be read.
     """
-    with _translated(uri, "read"):
-        fs, path = _filesystem(uri)
+
+    def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
         return bytes(fs.cat_file(path, start=None if limit is None else 0, end=limit))
+
+    return _attempted(uri, "read", content)
+
+
+def read_version(uri: str) -> tuple[bytes, str]:
+    """The object at ``uri``, and the version that ``replace_bytes`` wants: ETag or content hash.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: it cannot be read.
+    """
+    return _attempted(uri, "read", _read_version)
 
 
 @contextmanager
 def open_input(uri: str) -> Iterator[IO[bytes]]:
-    """A seekable file that reads ranges as they are asked for."""
-    with _translated(uri, "read"):
-        fs, path = _filesystem(uri)
-        with fs.open(path, "rb", cache_type="readahead") as file:
-            yield file
+    """A seekable file that reads ranges as they are asked for, each retried by itself.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: it cannot be read, or changed since it was opened; also from inside the block.
+    """
+
+    def opened(fs: fsspec.AbstractFileSystem, path: str) -> Any:
+        return fs.open(path, "rb", cache_type="readahead")
+
+    file = _attempted(uri, "read", opened)
+    if cache := getattr(file, "cache", None):  # local files have none, and need none
+        cache.fetcher = _patient_fetcher(uri, cache.fetcher)
+    with _translated(uri, "read"), file:
+        yield file
 
 
 def put_bytes(uri: str, data: bytes) -> None:
-    """Write one whole object and confirm its size.
+    """Write one whole object, over what was there, and confirm its size.
+
+    Raises:
+        StorageError: the write failed or cannot be confirmed. If it is a
+            ``StorageUnavailableError``, the object may be there all the same.
+    """
+
+    def put(fs: fsspec.AbstractFileSystem, path: str) -> None:
+        if isinstance(fs, LocalFileSystem):
+            local_files.put(path, data, publish=os.replace)
+        else:
+            fs.pipe_file(path, data)
+        _confirm(fs, path, uri, data)
+
+    _attempted(uri, "write", put)
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Write one whole object only if nothing is there; whether ``data`` is there now.
+
+    Of several at once, one wins: S3 by ``If-None-Match``, local files by a hard link, ``gs://`` by
+    its generation. A request whose answer was lost finds its own object when it is repeated, so an
+    object with the very same content counts as written: let contents differ between writers.
 
     Raises:
         StorageError: the write failed or cannot be confirmed.
     """
-    with _translated(uri, "write"):
-        fs, path = _filesystem(uri)
-        if isinstance(fs, LocalFileSystem):
-            _put_local(path, data)
-        else:
-            fs.pipe_file(path, data)
-            fs.invalidate_cache(path)
-        stored = fs.info(path)["size"]
-    if stored != len(data):
-        raise StorageError(f"cannot write {uri}: stored {stored} of {len(data)} bytes")
+
+    def create(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+        try:
+            if isinstance(fs, LocalFileSystem):
+                local_files.put(path, data, publish=os.link)
+            else:
+                fs.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if not _is_refused(error):
+                raise
+            return bool(fs.info(path)["size"] == len(data)) and fs.cat_file(path) == data
+        _confirm(fs, path, uri, data)
+        return True
+
+    return _attempted(uri, "write", create)
+
+
+def replace_bytes(uri: str, data: bytes, version: str) -> str | None:
+    """Replace the object only if it still has ``version``; its new version, None if it has another.
+
+    Of several at once, one wins: S3 by ``If-Match``, local files by a lock. Elsewhere (``gs://``)
+    version and content are compared just before and after: two writers within the same moment may
+    both believe to have won until they look again. As with ``create_bytes``, the very same content
+    counts as written. Versions of S3 follow from the content: no two states may be alike.
+
+    Raises:
+        StorageError: the write failed or cannot be confirmed.
+    """
+
+    def replace(fs: fsspec.AbstractFileSystem, path: str) -> str | None:
+        try:
+            if isinstance(fs, LocalFileSystem):
+                with local_files.locked(path):
+                    return _replace_if(fs, path, data, version)
+            if get_protocol(uri) in _S3_PROTOCOLS:
+                return _replace_s3(fs, path, data, version)
+            return _replace_if(fs, path, data, version)
+        except FileNotFoundError:
+            return None
+
+    return _attempted(uri, "write", replace)
 
 
 def delete(uri: str) -> None:
     """Remove the object at ``uri`` if it is there."""
-    with _translated(uri, "delete"):
-        fs, path = _filesystem(uri)
+
+    def remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
         try:
             fs.rm_file(path)
         except FileNotFoundError:
             return
-        fs.invalidate_cache(path)
+
+    _attempted(uri, "delete", remove)
+
+
+def delete_all(uris: Collection[str]) -> None:
+    """Remove the objects at ``uris`` that are there; on S3 by one request per thousand.
+
+    Raises:
+        StorageError: naming one that is left.
+    """
+    bulk = [uri for uri in uris if get_protocol(uri) in _S3_PROTOCOLS]
+    for uri in uris:
+        if get_protocol(uri) not in _S3_PROTOCOLS:
+            delete(uri)
+    for _, group in groupby(sorted(bulk), key=lambda uri: uri.split("/")[2]):
+        for batch in _batches(list(group), _DELETE_BATCH):
+            _delete_batch(batch)
 
 
 def exists(uri: str) -> bool:
     """Whether an object or folder is there, asked anew."""
-    with _translated(uri, "look for"):
-        fs, path = _filesystem(uri)
-        fs.invalidate_cache()
+
+    def look(fs: fsspec.AbstractFileSystem, path: str) -> bool:
         return bool(fs.exists(path))
+
+    return _attempted(uri, "look for", look)
 
 
 def absolute(uri: str) -> str:
@@ -214,10 +334,91 @@ def absolute(uri: str) -> str:
     return f"file://{Path(uri).expanduser().absolute()}{'/' if uri.endswith('/') else ''}"
 
 
+def _attempted(uri: str, verb: str, action: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+    """What ``action`` returns for ``uri``'s driver and path, tried until patience is over."""
+
+    def attempt() -> T:
+        with _translated(uri, verb):
+            fs, path = _filesystem(uri)
+            return action(fs, path)
+
+    return retrying(attempt, what=f"{verb} {uri}")
+
+
+def _patient_fetcher(uri: str, fetch: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
+    def fetch_range(start: int, end: int) -> bytes:
+        def attempt() -> bytes:
+            with _translated(uri, "read"):
+                return fetch(start, end)
+
+        return retrying(attempt, what=f"read {uri} from byte {start}")
+
+    return fetch_range
+
+
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    options = _S3_OPTIONS if get_protocol(uri) in _S3_PROTOCOLS else {}
-    fs, path = url_to_fs(uri, **options)
-    return fs, path
+    if get_protocol(uri) not in _S3_PROTOCOLS:
+        fs, path = url_to_fs(uri)
+        fs.invalidate_cache()
+        return fs, path
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    read_timeout_s = max(1, min(_READ_TIMEOUT_S, round(faults.current_patience())))
+    fs = _s3_filesystem(os.getpid(), environment, read_timeout_s)
+    return fs, fs._strip_protocol(uri)
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_filesystem(
+    pid: int,  # noqa: ARG001 - of the key
+    environment: tuple[tuple[str, str], ...],  # noqa: ARG001 - of the key, read by botocore
+    read_timeout_s: int,
+) -> fsspec.AbstractFileSystem:
+    """One driver for all threads (fsspec keeps one per thread); it does not outlive a fork.
+
+    Neither it nor botocore retries: ``faults.retrying`` does. Listings are not kept: they would be
+    stale, and large.
+    """
+    fs = fsspec.filesystem(
+        "s3",
+        skip_instance_cache=True,
+        use_listings_cache=False,
+        config_kwargs={
+            "connect_timeout": min(_CONNECT_TIMEOUT_S, read_timeout_s),
+            "read_timeout": read_timeout_s,
+            "retries": {"max_attempts": 0},
+            "max_pool_connections": _CONNECTIONS,
+        },
+    )
+    fs.retries = 1
+    return fs
+
+
+def _find(fs: fsspec.AbstractFileSystem, path: str, protocol: str) -> list[dict[str, Any]]:
+    """The file ``path``, or all files below it. S3 lists a whole tree in one go."""
+    if protocol in _S3_PROTOCOLS:
+        return [info for info in fs.find(path, detail=True).values() if _is_file(info)]
+    return list(_walk(fs, path, depth=None))
+
+
+def _glob(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    """Files that match. (fsspec's own glob leaves out, silently, folders it cannot list.)"""
+    pattern = re.compile(glob_translate(path))
+    root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    depth = None if "**" in path else path[len(root) + 1 :].count("/") + 1
+    return [info for info in _walk(fs, root, depth) if pattern.match(info["name"])]
+
+
+def _walk(fs: fsspec.AbstractFileSystem, path: str, depth: int | None) -> Iterator[dict[str, Any]]:
+    """Files down to ``depth`` levels below the folder ``path``; none if it is not there."""
+    try:
+        infos = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return
+    for info in infos:
+        if _is_file(info):
+            yield info
+        elif info["name"].rstrip("/") != path and depth != 1:
+            yield from _walk(fs, info["name"], None if depth is None else depth - 1)
 
 
 def _entry(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileEntry:
@@ -229,32 +430,108 @@ def _entry(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileEntry:
     )
 
 
+def _is_file(info: dict[str, Any]) -> bool:
+    return bool(info["type"] == "file")
+
+
 def _is_visible(relative: str) -> bool:
     return not any(part.startswith(("_", ".")) for part in relative.split("/") if part)
 
 
-def _put_local(path: str, data: bytes) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+def _read_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[bytes, str]:
+    if "s3" not in fs.protocol:
+        content = bytes(fs.cat_file(path))
+        return content, hashlib.sha256(content).hexdigest()
+
+    async def get() -> tuple[bytes, str]:
+        bucket, key, _ = fs.split_path(path)
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            return await body.read(), answer["ETag"].strip('"')
+
+    content, etag = sync(fs.loop, get)
+    return content, etag
+
+
+def _replace_s3(fs: fsspec.AbstractFileSystem, path: str, data: bytes, version: str) -> str | None:
+    bucket, key, _ = fs.split_path(path)
     try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+        answer = fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfMatch=f'"{version}"')
+    except OSError as error:
+        if not _is_refused(error):
+            raise
+        return _version_if(fs, path, data)
+    return str(answer["ETag"]).strip('"')
+
+
+def _replace_if(fs: fsspec.AbstractFileSystem, path: str, data: bytes, version: str) -> str | None:
+    """For stores without conditional writes, or under a lock."""
+    if _read_version(fs, path)[1] == version:
+        if isinstance(fs, LocalFileSystem):
+            local_files.put(path, data, publish=os.replace)
+        else:
+            fs.pipe_file(path, data)
+    return _version_if(fs, path, data)
+
+
+def _version_if(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> str | None:
+    """The object's version if its content is ``data``: then the write was ours."""
+    content, version = _read_version(fs, path)
+    return version if content == data else None
+
+
+def _is_refused(error: OSError) -> bool:
+    """Whether a conditional write found its condition unmet."""
+    return isinstance(error, FileExistsError) or faults.answer(error)[0] == 412
+
+
+def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, data: bytes) -> None:
+    stored = fs.info(path)["size"]
+    if stored != len(data):
+        raise StorageUnavailableError(f"cannot write {uri}: stored {stored} of {len(data)} bytes")
+
+
+def _batches(items: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _delete_batch(uris: list[str]) -> None:
+    """Delete these objects of one S3 bucket by one request."""
+
+    def remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
+        bucket = fs.split_path(path)[0]
+        keys = [fs.split_path(fs._strip_protocol(uri))[1] for uri in uris]
+        answer = fs.call_s3(
+            "delete_objects",
+            Bucket=bucket,
+            Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+        )
+        for error in answer.get("Errors", []):
+            _raise_for_key(bucket, error)
+
+    _attempted(uris[0], f"delete {len(uris)} objects from", remove)
+
+
+def _raise_for_key(bucket: str, error: dict[str, str]) -> None:
+    code = error.get("Code", "")
+    kind = StorageUnavailableError if faults.is_transient_code(code) else StorageError
+    raise kind(f"cannot delete s3://{bucket}/{error.get('Key')}: {code} {error.get('Message')}")
 
 
 @contextmanager
 def _translated(uri: str, verb: str) -> Iterator[None]:
-    """Drivers raise their own families (OSError, botocore's); callers see one."""
+    """Drivers raise their own families (OSError, botocore's, aiohttp's); callers see one."""
     try:
         yield
-    except (FileNotFoundError, StorageError):
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        if verb == "write":
+            raise StorageError(f"cannot write {uri}: there is no such bucket or folder") from error
         raise
     except ImportError as error:
         raise StorageError(f"cannot {verb} {uri}: its driver is not installed: {error}") from error
-    except (OSError, ValueError, BotoCoreError) as error:
-        raise StorageError(f"cannot {verb} {uri}: {error}") from error
+    except faults.driver_errors() as error:
+        kind = StorageUnavailableError if faults.is_transient(error) else StorageError
+        raise kind(f"cannot {verb} {uri}: {faults.describe(error)}") from error

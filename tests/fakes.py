@@ -3,47 +3,83 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
-from pipeline.engine import EngineOutput, EngineRequest, EngineSpec
+from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, ErrorCode, RowError
 
 
 class EchoEngine:
     """Answers each request with a text that depends on the request alone, after ``delay_s``.
 
-    Prompts that hold ``refuse_token`` are refused; ``die_token`` kills the engine.
+    Prompts that hold ``refuse_token`` are refused; ``die_token`` kills the engine, and all requests
+    inside it; ``hang_token`` makes it stand still, ``slow_token`` takes a request for ever.
     """
 
     def __init__(
-        self, *, delay_s: float = 0.0, refuse_token: int = -1, die_token: int = -1
+        self,
+        *,
+        delay_s: float = 0.0,
+        refuse_token: int = -1,
+        die_token: int = -1,
+        hang_token: int = -1,
+        slow_token: int = -1,
     ) -> None:
         self.delay_s = delay_s
         self.refuse_token = refuse_token
         self.die_token = die_token
+        self.hang_token = hang_token
+        self.slow_token = slow_token
         self.running = 0
         self.peak = 0
         self.stopped = 0
+        self.aborted: list[str] = []
         self.requests: list[EngineRequest] = []
+        self._steps = 0
+        self._dead = asyncio.Event()
+        self._hung = False
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """Text: the seed and the number of prompt tokens."""
         self.requests.append(request)
         if self.refuse_token in request.token_ids:
             raise RowError(ErrorCode.ENGINE_REJECTED, "refused")
-        if self.die_token in request.token_ids:
-            raise EngineError("died")
         self.running += 1
         self.peak = max(self.peak, self.running)
-        await asyncio.sleep(self.delay_s)
-        self.running -= 1
+        try:
+            await self._work(request)
+        except asyncio.CancelledError:
+            self.aborted.append(request.request_id)
+            raise
+        finally:
+            self.running -= 1
         text = f"{request.seed}:{len(request.token_ids)}"
         return EngineOutput(text, "stop", len(request.token_ids), len(text), 0)
+
+    def progress(self) -> int:
+        """Requests answered, and a step per look while there is work, unless the engine hangs."""
+        if not self._hung:
+            self._steps += 1
+        return self._steps
 
     def shutdown(self) -> None:
         """Count the stops."""
         self.stopped += 1
 
+    def kill(self) -> None:
+        """Die now, as if the machine had ended the engine's processes."""
+        self._dead.set()
 
-def start_echo(_spec: EngineSpec) -> EchoEngine:
-    """A picklable ``start_engine`` for flows on a real Ray."""
-    return EchoEngine(delay_s=0.01)
+    async def _work(self, request: EngineRequest) -> None:
+        if self.die_token in request.token_ids:
+            await asyncio.sleep(self.delay_s / 2)
+            self.kill()
+        if self.hang_token in request.token_ids:
+            self._hung = True
+        if self._hung or self.slow_token in request.token_ids:
+            await self._dead.wait()
+        if not self._dead.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._dead.wait(), self.delay_s)
+        if self._dead.is_set():
+            raise EngineError("died")

@@ -4,28 +4,27 @@ import os
 import sys
 from functools import partial
 
-from jobs.cli import job_parser, run_job
-from jobs.nightly import nightly
+from jobs.cli import run_job
+from jobs.nightly import nightly, nightly_parser
 from pipeline.engine import EngineSpec
-from pipeline.errors import EngineError
+from pipeline.errors import EngineRefusalError
 from tests.fakes import EchoEngine
 
 
 def start(_spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
     """Called on the replica's node; ``fault`` is "", "start" or "die"."""
     if fault == "start":
-        raise EngineError("the weights are not there")
+        raise EngineRefusalError("the weights are not there")
     # every prompt of the test has the token of "S"
     return EchoEngine(delay_s=delay_s, die_token=ord("S") if fault == "die" else -1)
 
 
 def main() -> int:
     """The job's command line, unchanged."""
-    parser = job_parser("tests", "nightly with a fake engine", "")
     delay_s = float(os.environ.get("FAKE_ENGINE_DELAY_S", "0.01"))
     fault = os.environ.get("FAKE_ENGINE_FAULT", "")
     start_engine = partial(start, delay_s=delay_s, fault=fault)
-    return run_job(partial(nightly, start_engine=start_engine), parser)
+    return run_job(partial(nightly, start_engine=start_engine), nightly_parser("tests"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import psutil
 import pyarrow.fs
 import pytest
 import s3fs
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from botocore.session import Session
 
 from cluster import processes
@@ -207,6 +207,28 @@ def test_all_ports_of_the_s3_server_are_on_loopback(cluster: LocalCluster) -> No
     listening = [one.laddr for one in server.net_connections() if one.status == "LISTEN"]
     assert {address.ip for address in listening} == {"127.0.0.1"}
     assert {address.port for address in listening} == set(cluster.state.part("s3").ports)
+
+
+def test_a_killed_s3_server_comes_back_at_the_same_place_with_its_objects(
+    cluster: LocalCluster,
+) -> None:
+    before = cluster.state
+    s3 = client(before)
+    for number in range(50):
+        s3.put_object(Bucket="batch", Key=f"kept/{number}", Body=bytes([number]) * 10_000)
+    cluster.stop_s3()
+    assert not cluster.status().healthy
+    with pytest.raises(EndpointConnectionError):
+        s3.list_objects_v2(Bucket="batch")
+    cluster.start_s3()
+    after = cluster.state
+    assert after.part("s3").ports == before.part("s3").ports
+    assert after.part("s3").record.pid != before.part("s3").record.pid
+    assert [part.name for part in after.parts] == [part.name for part in before.parts]
+    for number in range(50):
+        body = client(after).get_object(Bucket="batch", Key=f"kept/{number}")["Body"]
+        assert body.read() == bytes([number]) * 10_000
+    assert cluster.status().healthy
 
 
 def test_a_submitted_job_sees_all_nodes_and_the_bucket(

@@ -109,9 +109,25 @@ def test_a_port_with_a_listener_is_taken(host: str) -> None:
 
 def test_the_ports_of_the_s3_server_differ_and_are_free() -> None:
     picked = parts.weed_ports()
-    assert len(set(picked.values())) == len(picked)
-    assert next(iter(picked)) == "s3.port"
-    assert not any(ports.is_taken(port) for port in picked.values())
+    assert len(set(picked)) == len(picked) == 10
+    assert not any(ports.is_taken(port) for port in picked)
+
+
+def test_each_port_of_the_s3_server_goes_to_one_option(tmp_path: Path) -> None:
+    picked = parts.weed_ports()
+    command = parts.weed_command("weed", directory=tmp_path, bucket="b", ports=picked)
+    assert f"-s3.port={picked[0]}" in command
+    assert f"-admin.port.grpc={picked[-1]}" in command
+    assert picked[-1] - picked[-2] == 10_000
+    given = [word for word in command if word.rpartition("=")[2] in map(str, picked)]
+    assert len(given) == len(picked)
+
+
+def test_clients_get_the_url_of_what_stands_before_the_s3_server(state: ClusterState) -> None:
+    fronted = state.model_copy(update={"s3_front": "http://127.0.0.1:99"})
+    assert state.environment()["AWS_ENDPOINT_URL"] == "http://127.0.0.1:8333"
+    assert fronted.environment()["AWS_ENDPOINT_URL"] == "http://127.0.0.1:99"
+    assert fronted.s3_url == state.s3_url
 
 
 def test_a_missing_s3_server_program_says_how_to_get_it(tmp_path: Path) -> None:
@@ -126,6 +142,7 @@ def test_a_missing_s3_server_program_says_how_to_get_it(tmp_path: Path) -> None:
     [
         ({"nodes": -1}, "nodes must be"),
         ({"cpus_per_node": 0}, "cpus_per_node must be"),
+        ({"head_cpus": -1}, "head_cpus must be"),
         ({"object_store_mb": 10}, "object_store_mb must be"),
     ],
 )

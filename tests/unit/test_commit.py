@@ -8,19 +8,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import (
+    Destination,
+    commit_outcomes,
     commit_part,
     committed_shards,
+    committed_stats,
     part_uri,
     read_stats,
     summarize,
 )
 from pipeline.errors import AccountingError, ErrorCode, StorageError
 from pipeline.plan import InputFile, Shard, make_plan
-from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, part_table
+from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status, part_table
 
 FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
 PLAN = make_plan([FILE], shard_rows=40, shard_bytes=10**6)
 SHARD = Shard(0, FILE.uri, 0, 3)
+RUN = "run-1"
 OUTCOMES: list[Outcome] = [
     Completion(0, "a", 0, "x", "stop", 10, 3, 2, 7, 1, 0.1),
     Completion(0, "a", 1, "y", "length", 10, 64, 0, 7, 2, 0.1),
@@ -35,8 +39,8 @@ def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
 
 
 def test_stats_count_rows_once_and_sum_over_records() -> None:
-    stats = summarize(0, OUTCOMES, 1.0)
-    assert stats.rows == {"succeeded": 1, "errored": 2}
+    stats = summarize(0, OUTCOMES, 1.0, RUN)
+    assert stats.rows == {"succeeded": 1, "errored": 2, "expired": 0}
     assert stats.records == 5
     assert stats.tokens == {"prompt": 25, "completion": 67, "cached": 2, "image": 14}
     assert stats.errors == {"engine_rejected": 1, "image_invalid": 1}
@@ -45,7 +49,7 @@ def test_stats_count_rows_once_and_sum_over_records() -> None:
 
 
 def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
-    stats = summarize(0, OUTCOMES, 1.0)
+    stats = summarize(0, OUTCOMES, 1.0, RUN)
     commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
     assert read_stats(f"file://{tmp_path}", [0]) == [stats]
     assert pq.read_schema(tmp_path / "data" / "part-000000.parquet").names == [
@@ -54,11 +58,43 @@ def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
     ]
 
 
-def test_committing_again_replaces_the_part(tmp_path: Path) -> None:
-    stats = summarize(0, OUTCOMES, 1.0)
-    for _ in range(2):
-        commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
+def texts(folder: Path) -> list[str | None]:
+    found: list[str | None] = pq.read_table(folder / "data").column("text").to_pylist()
+    return found
+
+
+def test_a_row_is_errored_if_a_sample_is_and_else_expired_if_one_is() -> None:
+    late = Failure(0, "a", ErrorCode.BATCH_EXPIRED, "m", 1, 2, status=Status.EXPIRED)
+    also = Failure(1, "b", ErrorCode.BATCH_EXPIRED, "m", 1, 2, status=Status.EXPIRED)
+    stats = summarize(0, [*OUTCOMES, late, also], 1.0, RUN)
+    assert stats.rows == {"succeeded": 0, "errored": 2, "expired": 1}
+
+
+def test_of_two_attempts_at_a_shard_the_first_counts(tmp_path: Path) -> None:
+    first = summarize(0, OUTCOMES, 1.0, RUN)
+    commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, first)
+    late = [replace(o, text="late") if isinstance(o, Completion) else o for o in OUTCOMES]
+    stats = summarize(0, late, 99.0, RUN)
+    assert commit_part(f"file://{tmp_path}", table(SHARD, late), SHARD, stats) == first
+    assert "late" not in texts(tmp_path)
     assert committed_shards(f"file://{tmp_path}", PLAN) == {0}
+
+
+def test_a_part_of_another_run_gives_way(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}"
+    commit_part(uri, table(SHARD, OUTCOMES), SHARD, summarize(0, OUTCOMES, 1.0, "run-0"))
+    ours = [replace(o, text="ours") if isinstance(o, Completion) else o for o in OUTCOMES]
+    stats = summarize(0, ours, 1.0, RUN)
+    assert commit_part(uri, table(SHARD, ours), SHARD, stats) == stats
+    assert "ours" in texts(tmp_path)
+
+
+def test_a_committed_shard_is_known_to_its_own_run_only(tmp_path: Path) -> None:
+    to = Destination(f"file://{tmp_path}", RUN, "m")
+    assert committed_stats(to, SHARD) is None
+    stats = commit_outcomes(to, SHARD, OUTCOMES, pa.table({"l": range(3)}), 1.0)
+    assert committed_stats(to, SHARD) == stats
+    assert committed_stats(replace(to, run_id="run-2"), SHARD) is None
 
 
 @pytest.mark.parametrize("rows", [2, 4])
@@ -66,7 +102,7 @@ def test_a_part_without_exactly_its_rows_is_never_written(tmp_path: Path, rows: 
     shard = replace(SHARD, rows=rows)
     part = table(SHARD, OUTCOMES)
     with pytest.raises(AccountingError, match="nothing was written"):
-        commit_part(f"file://{tmp_path}", part, shard, summarize(0, OUTCOMES, 1.0))
+        commit_part(f"file://{tmp_path}", part, shard, summarize(0, OUTCOMES, 1.0, RUN))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,6 +64,16 @@ def test_null_fields_of_arrow_structs_are_ignored() -> None:
     ("prompt", "messages", "images", "code", "words"),
     [
         (None, None, None, ErrorCode.INVALID_MESSAGES, "neither prompt nor messages"),
+        ("", None, None, ErrorCode.INVALID_MESSAGES, "the prompt is empty"),
+        ("", None, [], ErrorCode.INVALID_MESSAGES, "the prompt is empty"),
+        (None, [{"role": "user", "content": ""}], None, "invalid_messages", "prompt is empty"),
+        (
+            None,
+            [{"role": "system", "content": ""}, {"role": "user", "content": [text(""), text("")]}],
+            None,
+            "invalid_messages",
+            "prompt is empty",
+        ),
         ("a", [{"role": "user", "content": "b"}], None, ErrorCode.INVALID_MESSAGES, "not both"),
         (None, "{not json", None, ErrorCode.INVALID_MESSAGES, "not valid JSON"),
         (None, [], None, ErrorCode.INVALID_MESSAGES, "non-empty"),
@@ -97,3 +107,18 @@ def test_what_cannot_be_asked_is_the_rows_error(
         parse_chat(prompt, messages, images)
     assert caught.value.code == code
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages", "images"),
+    [
+        (" ", None, None),
+        ("\n", None, None),
+        ("", None, [PNG]),
+        (None, [{"role": "user", "content": " "}], None),
+        (None, [{"role": "system", "content": "Be."}, {"role": "user", "content": ""}], None),
+        (None, [{"role": "user", "content": [text(""), IMAGE]}], [PNG]),
+    ],
+)
+def test_blanks_or_an_image_alone_are_a_prompt(prompt: Any, messages: Any, images: Any) -> None:
+    assert parse_chat(prompt, messages, images).messages

@@ -1,10 +1,11 @@
 """Plans: every row in exactly one shard, whatever the files; the same input gives the same plan."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from pipeline.plan import InputFile, Plan, make_plan
+from pipeline.plan import InputFile, Plan, fingerprint, make_plan
 
 
 def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
@@ -67,9 +68,15 @@ def test_a_saved_plan_comes_back_the_same() -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_the_fingerprint_follows_the_files_not_the_shards() -> None:
-    files = [file("a", 100)]
-    one = make_plan(files, shard_rows=10, shard_bytes=2**20)
-    other = make_plan(files, shard_rows=50, shard_bytes=2**20)
-    changed = make_plan([file("a", 101)], shard_rows=10, shard_bytes=2**20)
-    assert one.fingerprint() == other.fingerprint() != changed.fingerprint()
+def test_the_fingerprint_follows_every_file() -> None:
+    files = [file("a", 100), file("b", 100)]
+    assert fingerprint(files) == fingerprint(list(files))
+    others = [[file("a", 101), file("b", 100)], files[:1], [file("a", 100), file("c", 100)]]
+    assert len({fingerprint(each) for each in [files, *others]}) == 4
+
+
+def test_what_changed_of_a_file_is_named_old_to_new() -> None:
+    planned = InputFile("s3://b/a.parquet", 10, "v1", 2, 100)
+    assert planned.changes(replace(planned, size=20, rows=3)) == "size 10 -> 20, rows 2 -> 3"
+    assert planned.changes(replace(planned, version="v2")) == "version v1 -> v2"
+    assert planned.changes(planned) == ""

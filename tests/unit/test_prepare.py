@@ -1,6 +1,7 @@
 """Preparing: rows become token ids with exact counts, or errored records; order and count stay."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
-from pipeline.plan import Shard
+from pipeline.plan import FirstUse, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import InputColumns
 from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
@@ -48,6 +49,7 @@ def prepare_table(
     *,
     max_image_pixels: int = 10**6,
     max_image_bytes: int = 10**6,
+    first_uses: Mapping[int, FirstUse] | None = None,
 ) -> list[Prepared | Failure]:
     carried = pa.schema([table.schema.field(n) for n in table.schema.names if n == "label"])
     spec = PrepareSpec(
@@ -59,7 +61,7 @@ def prepare_table(
         fetcher=ImageFetcher(f"file://{tmp_path}", max_image_bytes, 4),
     )
     shard = Shard(0, f"file://{tmp_path}/rows.parquet", 100, table.num_rows)
-    block = prepare_block(input_block(shard, table), spec=spec)
+    block = prepare_block(input_block(shard, table, first_uses), spec=spec)
     assert carried_columns(block).column_names == carried.names
     return read_prepared(block)
 
@@ -145,6 +147,8 @@ def test_a_link_out_of_the_inputs_folder_is_not_followed(tmp_path: Path) -> None
         ({"prompt": "say <|patch|>"}, "invalid_messages"),
         ({"prompt": "?", "sampling": '{"temperature": "hot"}'}, "invalid_parameter"),
         ({"prompt": None}, "invalid_messages"),
+        ({"prompt": ""}, "invalid_messages"),
+        ({"messages": '[{"role": "user", "content": ""}]'}, "invalid_messages"),
         ({"prompt": "?", "images": "not/there.png"}, "image_not_found"),
         ({"prompt": "?", "images": "with\0nul.png"}, "image_forbidden"),
         ({"prompt": "?", "images": "x" * 5000}, "image_fetch_failed"),
@@ -201,3 +205,19 @@ def test_a_rows_sampling_wins_over_the_runs(tmp_path: Path) -> None:
     assert good(items[0]).sampling.temperature == 0.0
     items = prepare(tmp_path, [{"prompt": "?", "sampling": None}])
     assert good(items[0]).sampling.temperature == 0.5
+
+
+def test_a_repeated_custom_id_is_a_failure_that_names_its_first_use(tmp_path: Path) -> None:
+    rows = [
+        {"custom_id": "a", "prompt": "Hello", "images": []},
+        {"custom_id": "a", "prompt": "x" * 600, "images": ["not/there.png"]},
+    ]
+    uses = {101: FirstUse("s3://b/first.parquet", 7)}
+    first, repeated = prepare_table(tmp_path, pa.Table.from_pylist(rows), first_uses=uses)
+    assert good(first).custom_id == "a"
+    assert isinstance(repeated, Failure)
+    assert (repeated.input_row, repeated.custom_id) == (101, "a")
+    assert repeated.code == "duplicate_custom_id"
+    assert "custom_id 'a' was used before, by row 7 of s3://b/first.parquet" in repeated.message
+    assert (repeated.attempts, repeated.prompt_tokens, repeated.image_tokens) == (0, 0, 0)
+    assert repeated.seed == derive_seed(7, "a", 0)

@@ -1,5 +1,6 @@
 """Reading: any range of rows of any layout of row groups; inputs that cannot be read are named."""
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,54 @@ def test_a_file_that_shrank_since_planning_is_an_error(tmp_path: Path) -> None:
     found = open_input(str(tmp_path), renamed={}, carry=None)
     with pytest.raises(StorageError, match=r"a\.parquet: rows 5-14 were planned, 5 of them"):
         read_shard(Shard(0, f"file://{path}", 5, 10), found.columns)
+
+
+def test_rows_of_the_planned_version_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", numbered(10))
+    found = open_input(str(tmp_path), renamed={}, carry=None)
+    (file,) = found.files
+    table = read_shard(Shard(0, file.uri, 5, 5), found.columns, planned=file)
+    assert table.column("n").to_pylist() == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        ({"prompt": ["other"] * 10, "n": list(range(10))}, r"version .* -> "),
+        (numbered(9), r"size \d+ -> \d+, version .* -> "),
+        ({"something": ["else"]}, r"size \d+ -> \d+, version .* -> "),
+    ],
+)
+def test_a_file_that_changed_since_planning_is_never_read_as_the_planned_one(
+    tmp_path: Path, columns: dict[str, object], what: str
+) -> None:
+    path = write(tmp_path / "a.parquet", numbered(10))
+    found = open_input(str(tmp_path), renamed={}, carry=None)
+    write(path, columns)
+    os.utime(path, (1, 1))
+    (file,) = found.files
+    with pytest.raises(StorageError, match=rf"a\.parquet: changed since .*{what}.*--new-run"):
+        read_shard(Shard(0, file.uri, 0, 9), found.columns, planned=file)
+
+
+def test_a_file_that_is_gone_since_planning_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", numbered(10))
+    found = open_input(str(tmp_path), renamed={}, carry=None)
+    path.unlink()
+    (file,) = found.files
+    for planned in (file, None):
+        with pytest.raises(StorageError, match=r"a\.parquet: is gone since"):
+            read_shard(Shard(0, file.uri, 0, 10), found.columns, planned=planned)
+
+
+def test_a_damaged_file_is_a_storage_error_that_names_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", numbered(1000))
+    found = open_input(str(tmp_path), renamed={}, carry=None)
+    content = bytearray(path.read_bytes())
+    content[4:2000] = b"\xff" * 1996
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"cannot read .*a\.parquet"):
+        read_shard(Shard(0, f"file://{path}", 0, 1000), found.columns)
 
 
 def test_everything_but_the_request_is_carried_by_default(tmp_path: Path) -> None:

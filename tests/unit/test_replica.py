@@ -1,14 +1,19 @@
-"""A replica: each row one outcome, never more in the engine than the window, faults contained."""
+"""A replica: each row one outcome, never more in the engine than the window, faults contained.
+
+The engine is the echo engine; tests/integration/test_engine_death.py kills the real one.
+"""
 
 import io
 import threading
+import time
+from collections.abc import Callable, Sequence
 
 import pytest
 from PIL import Image
 
-from pipeline.errors import EngineError, ErrorCode
+from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
 from pipeline.records import Completion, Failure, Outcome, Prepared
-from pipeline.replica import Replica
+from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import Sampling
 from tests.fakes import EchoEngine
 
@@ -32,27 +37,76 @@ def png() -> bytes:
     return sink.getvalue()
 
 
-def nothing(_: Outcome) -> None:
-    return None
+KILLER = 13
 
 
-def test_every_row_and_sample_has_one_outcome_and_each_is_announced_once() -> None:
-    announced: list[Outcome] = []
-    replica = Replica(EchoEngine, window=4)
+class Engines:
+    """Starts echo engines, and keeps them."""
+
+    def __init__(self, make: Callable[[], EchoEngine] = EchoEngine) -> None:
+        self.make = make
+        self.started: list[EchoEngine] = []
+
+    def __call__(self) -> EchoEngine:
+        self.started.append(self.make())
+        return self.started[-1]
+
+    def asked(self, row: int) -> int:
+        """How often this row of shard 0 was put to any engine."""
+        ids = [request.request_id for engine in self.started for request in engine.requests]
+        return ids.count(f"0-{row}-0")
+
+
+def generate(
+    rows: Sequence[Prepared | Failure], engines: Callable[[], EchoEngine], limits: ReplicaLimits
+) -> list[Outcome]:
+    replica = Replica(engines, limits)
+    try:
+        return [outcome for batch in replica.generate(0, rows) for outcome in batch]
+    finally:
+        replica.shutdown()
+
+
+def by_row(outcomes: Sequence[Outcome]) -> dict[int, Outcome]:
+    assert len({outcome.key for outcome in outcomes}) == len(outcomes)
+    return {outcome.input_row: outcome for outcome in outcomes}
+
+
+def failures(outcomes: Sequence[Outcome]) -> dict[int, ErrorCode]:
+    return {o.input_row: o.code for o in outcomes if isinstance(o, Failure)}
+
+
+def test_every_row_and_sample_has_one_outcome() -> None:
     failure = Failure(99, "bad", ErrorCode.INVALID_MESSAGES, "m", seed=1)
-    outcomes = replica.generate(0, [row(1), row(2, n=3), failure], announced.append)
+    outcomes = generate([row(1), row(2, n=3), failure], EchoEngine, ReplicaLimits(window=4))
+    assert sorted(o.key for o in outcomes) == [(1, 0), (2, 0), (2, 1), (2, 2), (99, 0)]
+
+
+def test_outcomes_come_while_others_are_still_in_the_engine() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.01, slow_token=66))
+    replica = Replica(engines, ReplicaLimits(window=8, flush_s=0.05, row_timeout_s=0.6))
+    batches = replica.generate(0, [row(1), row(2), row(3, token=66)])
+    assert {outcome.input_row for outcome in next(batches)} == {1, 2}
+    assert engines.started[0].running == 1
+    assert [outcome.input_row for batch in batches for outcome in batch] == [3]
     replica.shutdown()
-    keys = sorted((outcome.input_row, outcome.sample_index) for outcome in outcomes)
-    assert keys == [(1, 0), (2, 0), (2, 1), (2, 2), (99, 0)]
-    assert sorted(map(repr, announced)) == sorted(map(repr, outcomes))
+
+
+def test_a_batch_is_given_before_its_time_once_it_is_full() -> None:
+    replica = Replica(EchoEngine, ReplicaLimits(window=1, flush_s=60, flush_rows=5))
+    sizes = [len(batch) for batch in replica.generate(0, [row(i) for i in range(12)])]
+    replica.shutdown()
+    assert len(sizes) >= 2
+    assert sum(sizes) == 12
 
 
 def test_the_window_bounds_what_is_in_the_engine_over_all_shards() -> None:
     engine = EchoEngine(delay_s=0.005)
-    replica = Replica(lambda: engine, window=5)
+    replica = Replica(lambda: engine, ReplicaLimits(window=5))
     rows = [row(number) for number in range(40)]
     threads = [
-        threading.Thread(target=replica.generate, args=(shard, rows, nothing)) for shard in range(3)
+        threading.Thread(target=lambda shard: list(replica.generate(shard, rows)), args=(shard,))
+        for shard in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -64,28 +118,123 @@ def test_the_window_bounds_what_is_in_the_engine_over_all_shards() -> None:
 
 
 def test_a_refused_row_and_a_corrupt_image_cost_only_themselves() -> None:
-    replica = Replica(lambda: EchoEngine(refuse_token=66), window=4)
     rows = [row(1), row(2, token=66), row(3, images=(png()[:40],)), row(4, images=(png(),))]
-    outcomes = {outcome.input_row: outcome for outcome in replica.generate(0, rows, nothing)}
+    outcomes = generate(rows, lambda: EchoEngine(refuse_token=66), ReplicaLimits(window=4))
+    assert failures(outcomes) == {2: ErrorCode.ENGINE_REJECTED, 3: ErrorCode.IMAGE_INVALID}
+    assert isinstance(by_row(outcomes)[1], Completion)
+    assert isinstance(by_row(outcomes)[4], Completion)
+
+
+def test_a_row_over_its_time_is_aborted_in_the_engine_and_costs_only_itself() -> None:
+    engines = Engines(lambda: EchoEngine(slow_token=66))
+    limits = ReplicaLimits(window=2, row_timeout_s=0.2)
+    outcomes = generate([row(1), row(2, token=66), row(3)], engines, limits)
+    assert failures(outcomes) == {2: ErrorCode.TIMEOUT}
+    assert engines.started[0].aborted == ["0-2-0"]
+    assert len(engines.started) == 1
+
+
+@pytest.mark.parametrize("position", [0, 31, 63])
+def test_the_row_that_kills_the_engine_is_found_and_all_others_complete(position: int) -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.01, die_token=KILLER))
+    rows = [row(i, token=KILLER if i == position else 1) for i in range(200)]
+    outcomes = by_row(generate(rows, engines, ReplicaLimits(window=64)))
+    fatal = outcomes.pop(position)
+    assert isinstance(fatal, Failure)
+    assert fatal.code == ErrorCode.ENGINE_FATAL
+    assert fatal.attempts == engines.asked(position) >= 3
+    assert len(outcomes) == 199
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+    assert len(engines.started) - 1 <= 8  # log2(64) + 2
+    assert all(engine.stopped == 1 for engine in engines.started)
+
+
+def test_several_rows_that_kill_the_engine_are_all_found() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.01, die_token=KILLER))
+    rows = [row(i, token=KILLER if i in (3, 4, 60) else 1) for i in range(100)]
+    outcomes = generate(rows, engines, ReplicaLimits(window=16))
+    assert failures(outcomes) == dict.fromkeys((3, 4, 60), ErrorCode.ENGINE_FATAL)
+    assert len(outcomes) == 100
+
+
+def test_an_engine_that_is_killed_from_outside_costs_no_row() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.3))
+    replica = Replica(engines, ReplicaLimits(window=8, flush_s=0.05))
+    killer = threading.Timer(
+        0.1, lambda: replica._loop.call_soon_threadsafe(engines.started[0].kill)
+    )
+    killer.start()
+    outcomes = [o for batch in replica.generate(0, [row(i) for i in range(8)]) for o in batch]
     replica.shutdown()
-    assert isinstance(outcomes[1], Completion)
-    assert isinstance(outcomes[4], Completion)
-    refused, corrupt = outcomes[2], outcomes[3]
-    assert isinstance(refused, Failure)
-    assert isinstance(corrupt, Failure)
-    assert (refused.code, corrupt.code) == (ErrorCode.ENGINE_REJECTED, ErrorCode.IMAGE_INVALID)
+    assert len(outcomes) == 8
+    assert failures(outcomes) == {}
+    assert replica.engine_restarts == 1
+    assert {o.attempts for o in outcomes} == {2}
 
 
-def test_a_dead_engine_is_the_shards_error_not_a_rows() -> None:
-    replica = Replica(lambda: EchoEngine(die_token=13), window=4)
-    with pytest.raises(EngineError, match="died"):
-        replica.generate(0, [row(1), row(2, token=13)], nothing)
+def test_an_engine_that_stands_still_is_started_again() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.01, hang_token=KILLER))
+    rows = [row(i, token=KILLER if i == 5 else 1) for i in range(20)]
+    outcomes = generate(rows, engines, ReplicaLimits(window=8, stall_s=0.3))
+    assert failures(outcomes) == {5: ErrorCode.ENGINE_FATAL}
+    assert "no progress for 0.3 s" in str(by_row(outcomes)[5])
+    assert len(outcomes) == 20
+
+
+def test_an_engine_that_dies_on_every_row_is_the_replicas_error() -> None:
+    engines = Engines(lambda: EchoEngine(die_token=1))
+    with pytest.raises(EngineError, match="again and again: died"):
+        generate([row(i) for i in range(50)], engines, ReplicaLimits(window=8))
+    assert len(engines.started) < 40
+
+
+def test_an_engine_that_does_not_come_back_is_the_replicas_error() -> None:
+    engines = Engines(lambda: EchoEngine(die_token=KILLER))
+
+    def start_once() -> EchoEngine:
+        if engines.started:
+            raise EngineRefusalError("no such device")
+        return engines()
+
+    with pytest.raises(EngineError, match="no such device"):
+        generate([row(1), row(2, token=KILLER)], start_once, ReplicaLimits(window=4))
+
+
+def test_a_drain_keeps_what_finishes_in_time_and_leaves_the_rest() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.2, slow_token=66))
+    replica = Replica(engines, ReplicaLimits(window=4, flush_s=5))
+    rows = [row(0), row(1), row(2), row(3, token=66), *(row(i) for i in range(4, 40))]
+    threading.Timer(0.1, replica.drain, args=(0.5,)).start()
+    started = time.monotonic()
+    outcomes = [o for batch in replica.generate(0, rows) for o in batch]
+    assert time.monotonic() - started < 4
+    assert {o.input_row for o in outcomes} == {0, 1, 2}
+    assert engines.started[0].aborted == ["0-3-0"]
+    assert list(replica.generate(1, [row(7)])) == []
+    replica.shutdown()
+
+
+def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.02, die_token=KILLER))
+
+    def start_slowly_again() -> EchoEngine:
+        if engines.started:
+            time.sleep(6)
+        return engines()
+
+    replica = Replica(start_slowly_again, ReplicaLimits(window=2, flush_s=0.1))
+    rows = [row(0), row(1), row(2), row(3, token=KILLER), row(4)]
+    threading.Timer(0.5, replica.drain, args=(0.2,)).start()
+    started = time.monotonic()
+    outcomes = [o for batch in replica.generate(0, rows) for o in batch]
+    assert time.monotonic() - started < 4
+    assert {o.input_row for o in outcomes} >= {0, 1}
     replica.shutdown()
 
 
 def test_shutdown_stops_the_engine_once() -> None:
     engine = EchoEngine()
-    replica = Replica(lambda: engine, window=1)
+    replica = Replica(lambda: engine, ReplicaLimits(window=1))
     replica.shutdown()
     replica.shutdown()
     assert engine.stopped == 1
@@ -94,8 +243,20 @@ def test_shutdown_stops_the_engine_once() -> None:
 
 def test_an_engine_that_cannot_start_raises_where_the_replica_is_made() -> None:
     def fail() -> EchoEngine:
-        raise EngineError("no such model")
+        raise EngineRefusalError("no such model")
 
     with pytest.raises(EngineError, match="no such model"):
-        Replica(fail, window=1)
+        Replica(fail, ReplicaLimits(window=1))
     assert not any(thread.name == "engine" for thread in threading.enumerate())
+
+
+def test_a_start_that_fails_once_is_tried_again() -> None:
+    tries: list[None] = []
+
+    def fail_once() -> EchoEngine:
+        tries.append(None)
+        if len(tries) == 1:
+            raise EngineError("killed while loading")
+        return EchoEngine()
+
+    assert len(generate([row(1)], fail_once, ReplicaLimits(window=1))) == 1

@@ -1,6 +1,7 @@
 """Reports: totals over parts, how a run is judged, and pages that open without a network."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ MANIFEST = {
 
 def result(run: str, status: RunStatus = RunStatus.COMPLETE) -> Result:
     return Result(status, run, 10, total(PARTS), 12.3456)
+
+
+def test_a_run_that_ended_at_its_deadline_is_complete_and_exits_with_75() -> None:
+    ended = replace(result("r"), deadline_passed=True)
+    assert (ended.to_json()["status"], ended.exit_code) == ("complete", ExitCode.INTERRUPTED)
+    over = replace(ended, status=RunStatus.OVER_ERROR_RATE)
+    assert over.exit_code == ExitCode.OVER_ERROR_RATE
 
 
 def test_totals_are_sums_with_all_four_states() -> None:

@@ -1,11 +1,39 @@
 """Storage: whole objects or nothing, listings that skip what readers skip, errors that name."""
 
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
-from pipeline.errors import InputError, StorageError
+from pipeline.errors import InputError, StorageError, StorageUnavailableError
+from tests.s3_front import ACCESS_DENIED, INTERNAL_ERROR, RESET, SLOW_DOWN, S3Front, s3_front
+
+
+@pytest.fixture(scope="module")
+def listening_front() -> Iterator[S3Front]:
+    with s3_front() as front:
+        yield front
+
+
+@pytest.fixture
+def front(listening_front: S3Front, monkeypatch: pytest.MonkeyPatch) -> S3Front:
+    """A store that only ever refuses, and has a driver already, which takes a second to load."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", listening_front.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    listening_front.otherwise = SLOW_DOWN
+    with storage.patience(0.0), pytest.raises(StorageUnavailableError):
+        storage.exists("s3://bucket/x")
+    listening_front.methods.clear()
+    return listening_front
 
 
 def test_what_was_put_is_read_back_and_replaced_whole(tmp_path: Path) -> None:
@@ -92,3 +120,191 @@ def test_an_endpoint_without_a_server_is_refused_in_seconds(
 def test_plain_paths_become_file_uris(tmp_path: Path) -> None:
     assert storage.absolute(str(tmp_path)) == f"file://{tmp_path}"
     assert storage.absolute("s3://b/k") == "s3://b/k"
+
+
+def test_what_is_created_stays_whoever_comes_later(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/deep/object"
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"other")
+    assert storage.create_bytes(uri, b"first")  # what a repeated request finds
+    assert storage.read_bytes(uri) == b"first"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["object"]
+
+
+def test_an_object_is_replaced_only_at_the_version_that_was_read(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/object"
+    storage.put_bytes(uri, b"first")
+    content, version = storage.read_version(uri)
+    second = storage.replace_bytes(uri, b"second", version)
+    assert (content, second) == (b"first", storage.read_version(uri)[1])
+    assert storage.replace_bytes(uri, b"third", version) is None
+    assert storage.replace_bytes(uri, b"second", version) == second
+    assert storage.read_bytes(uri) == b"second"
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+@pytest.mark.parametrize("place", ["object", "nowhere/object"])
+def test_what_is_gone_is_not_replaced(tmp_path: Path, place: str) -> None:
+    assert storage.replace_bytes(f"file://{tmp_path}/{place}", b"data", "0" * 64) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_that_replace_one_version_one_wins(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/object"
+    for turn in range(20):
+        storage.put_bytes(uri, f"turn {turn}".encode())
+        _, version = storage.read_version(uri)
+        barrier = threading.Barrier(8)
+
+        def replace(
+            writer: int, version: str = version, barrier: threading.Barrier = barrier
+        ) -> bool:
+            barrier.wait()
+            return storage.replace_bytes(uri, f"writer {writer}".encode(), version) is not None
+
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(replace, range(8)))
+        assert won.count(True) == 1
+        assert storage.read_bytes(uri) == f"writer {won.index(True)}".encode()
+
+
+def test_a_version_is_the_listings_and_changes_with_the_file(tmp_path: Path) -> None:
+    uri = f"file://{tmp_path}/object"
+    storage.put_bytes(uri, b"first")
+    (listed,) = storage.list_files(f"file://{tmp_path}")
+    assert storage.version(uri) == (listed.size, listed.version) == (5, listed.version)
+    os.utime(tmp_path / "object", (1, 1))
+    assert storage.version(uri) == (5, "1.0")
+    for absent in ("nowhere", ""):
+        with pytest.raises(FileNotFoundError):
+            storage.version(f"file://{tmp_path}/{absent}")
+
+
+def test_deleting_many_passes_over_absent_ones(tmp_path: Path) -> None:
+    uris = [f"file://{tmp_path}/{name}" for name in ("a", "b", "nowhere", "c")]
+    for uri in uris[:2]:
+        storage.put_bytes(uri, b"x")
+    storage.delete_all(uris)
+    storage.delete_all([])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_globs_match_at_their_depth_only(tmp_path: Path) -> None:
+    for name in ("a.parquet", "x/a.parquet", "x/b.txt", "x/deep/a.parquet", "y/a1.parquet"):
+        storage.put_bytes(f"file://{tmp_path}/{name}", b"x")
+
+    def found(pattern: str) -> list[str]:
+        root = f"file://{tmp_path}/"
+        return [entry.uri.removeprefix(root) for entry in storage.list_files(root + pattern)]
+
+    assert found("*.parquet") == ["a.parquet"]
+    assert found("*/a.parquet") == ["x/a.parquet"]
+    assert found("[xy]/a?.parquet") == ["y/a1.parquet"]
+    assert found("x/**/*.parquet") == ["x/a.parquet", "x/deep/a.parquet"]
+    assert found("nowhere/*.parquet") == []
+
+
+_WRITE_BEYOND_LIMIT = """
+import resource, sys
+from pipeline import storage
+from pipeline.errors import StorageError, StorageUnavailableError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (storage.put_bytes, storage.create_bytes):
+    try:
+        write(sys.argv[1], b"x" * 10_000)
+    except StorageUnavailableError:
+        print("retried")
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_an_error_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITE_BEYOND_LIMIT, f"file://{tmp_path}/object"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert time.monotonic() - begun < 20
+    expected = f"cannot write file://{tmp_path}/object: [Errno 27] File too large"
+    assert done.stdout.splitlines() == [expected, expected]
+    assert list(tmp_path.iterdir()) == []
+
+
+def _read_input(uri: str) -> None:
+    with storage.open_input(uri) as file:
+        file.read()
+
+
+OPERATIONS: dict[str, Callable[[str], object]] = {
+    "list": storage.list_files,
+    "list folder": storage.list_folder,
+    "list glob": lambda uri: storage.list_files(f"{uri}/*/x"),
+    "read": storage.read_bytes,
+    "read start": lambda uri: storage.read_bytes(uri, limit=10),
+    "read version": storage.read_version,
+    "open": _read_input,
+    "put": lambda uri: storage.put_bytes(uri, b"data"),
+    "create": lambda uri: storage.create_bytes(uri, b"data"),
+    "replace": lambda uri: storage.replace_bytes(uri, b"data", "0"),
+    "version": storage.version,
+    "exists": storage.exists,
+    "delete": storage.delete,
+    "delete all": lambda uri: storage.delete_all([uri]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, SLOW_DOWN) for name in OPERATIONS]
+    + [(name, fault) for name in ("list", "read", "put") for fault in (INTERNAL_ERROR, RESET)],
+)
+def test_a_store_that_is_away_is_asked_again_until_patience_ends(
+    front: S3Front,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    fault: str,
+) -> None:
+    front.otherwise = fault
+    caplog.clear()
+    begun = time.monotonic()
+    with storage.patience(0.4), pytest.raises(StorageUnavailableError, match="s3://bucket/folder"):
+        OPERATIONS[name]("s3://bucket/folder")
+    assert 0.4 <= time.monotonic() - begun < 6
+    warnings = [record for record in caplog.records if record.name == "pipeline.faults"]
+    assert len(warnings) >= 1
+    assert all(record.levelno == logging.WARNING for record in warnings)
+    assert all("s3://bucket/folder" in record.getMessage() for record in warnings)
+    assert "planted" not in caplog.text.lower()
+    # One layer of retries: aiohttp repeats, once, what a kept-open connection did not answer.
+    assert len(front.methods) <= 2 * (len(warnings) + 1)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_a_refusal_is_final_at_the_first_request(
+    front: S3Front, operation: Callable[[str], object]
+) -> None:
+    front.otherwise = ACCESS_DENIED
+    with pytest.raises(StorageError, match=r"s3://bucket/folder.*(AccessDenied|403)") as caught:
+        operation("s3://bucket/folder")
+    assert not isinstance(caught.value, StorageUnavailableError)
+    assert len(front.methods) == 1
+
+
+def test_a_port_without_a_server_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    with storage.patience(0.3), pytest.raises(StorageUnavailableError) as caught:
+        storage.put_bytes("s3://bucket/x", b"data")
+    assert "planted" not in str(caught.value).lower()
+
+
+def test_nested_retries_share_one_patience(front: S3Front) -> None:
+    begun = time.monotonic()
+    with storage.patience(1.0), pytest.raises(StorageUnavailableError):
+        storage.retrying(lambda: storage.read_bytes("s3://bucket/x"), what="read twice")
+    assert time.monotonic() - begun < 4

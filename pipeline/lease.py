@@ -1,0 +1,311 @@
+"""The lease: one driver owns a run, by one object, ``<run>/_lease.json``.
+
+In: a run's URI. Out: a ``Lease`` that is ours, renewed in the background, until it is released or
+another driver takes it over. The object is created and replaced by conditional writes alone, so of
+several contenders one wins (see ``storage.replace_bytes`` for stores that have none).
+
+Clocks of two machines are never compared: a contender watches the object. If it changes, its owner
+lives; if the contender has looked at it for ``TTL_S`` without a change or a gap, the owner is dead
+or cut off, and the lease is taken over. The former owner learns that at its next renewal, at most
+``RENEWAL_S`` after it is back; until then it may write, so writes must be harmless by themselves.
+Times in the object are for people.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline import storage
+from pipeline.errors import LeaseLostError, RunBusyError, StorageError
+
+TTL_S = 20.0
+"""How long the object is watched before its owner counts as gone: four missed renewals."""
+RENEWAL_S = 5.0
+_LOOKS_PER_RENEWAL = 5
+_REMINDER_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseState(StrEnum):
+    """Whether the owner still has it."""
+
+    HELD = "held"
+    RELEASED = "released"
+
+
+class LeaseRecord(BaseModel):
+    """What ``_lease.json`` holds. No two states of it are alike: versions follow from content."""
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: str
+    """One acquisition, a UUID."""
+    host: str
+    pid: int
+    taken_at: str
+    renewed_at: str
+    renewals: int
+    state: LeaseState
+    taken_over_from: str | None
+    """Whose lease had gone stale, for people; null if nobody's."""
+
+    @classmethod
+    def new(cls) -> LeaseRecord:
+        """A lease of this process, held from now on."""
+        now = _now()
+        return cls(
+            owner=str(uuid.uuid4()),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            taken_at=now,
+            renewed_at=now,
+            renewals=0,
+            state=LeaseState.HELD,
+            taken_over_from=None,
+        )
+
+    def renewed(self, state: LeaseState = LeaseState.HELD) -> LeaseRecord:
+        """The next record of the same owner."""
+        return self.model_copy(
+            update={"renewed_at": _now(), "renewals": self.renewals + 1, "state": state}
+        )
+
+    def to_bytes(self) -> bytes:
+        """The object's content."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}, since {self.taken_at}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The lease object at one moment."""
+
+    record: LeaseRecord
+    version: str
+
+
+class Lease:
+    """A run's lease while it is ours. As a context manager it is released at the end."""
+
+    def __init__(self, uri: str, seen: _Seen, *, ttl_s: float, renewal_s: float) -> None:
+        """Use ``acquire``."""
+        self.uri = uri
+        self._record = seen.record
+        self._version = seen.version
+        self._ttl_s = ttl_s
+        self._renewal_s = renewal_s
+        self._lost: str | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew_always, name="lease", daemon=True)
+
+    @classmethod
+    def acquire(
+        cls, run_uri: str, *, wait: bool, ttl_s: float = TTL_S, renewal_s: float = RENEWAL_S
+    ) -> Lease:
+        """Take the lease of the run at ``run_uri`` and start renewing it.
+
+        A free or released lease is taken at once; one whose owner died, after ``ttl_s``. If the
+        owner lives, this is refused within about ``renewal_s``, or waited for if ``wait``.
+
+        Raises:
+            RunBusyError: another driver has the run, and lives.
+            StorageError: the object cannot be read or written, or is no lease.
+        """
+        uri = storage.join(run_uri, "_lease.json")
+        contender = _Contender(uri, wait=wait, ttl_s=ttl_s, renewal_s=renewal_s)
+        lease = cls(uri, contender.win(), ttl_s=ttl_s, renewal_s=renewal_s)
+        lease._thread.start()
+        return lease
+
+    @property
+    def lost(self) -> str | None:
+        """Why the lease is no longer ours; None as far as is known."""
+        return self._lost
+
+    @property
+    def owner(self) -> str:
+        """The UUID of this acquisition."""
+        return self._record.owner
+
+    def confirm(self) -> None:
+        """Renew the lease now: once this returns, it was ours a moment ago.
+
+        Raises:
+            LeaseLostError: it is not ours any more, or was released.
+            StorageError: the store does not tell.
+        """
+        if self._stop.is_set():
+            raise LeaseLostError(f"the lease at {self.uri} was released")
+        self._replace(LeaseState.HELD)
+        if self._lost:
+            raise LeaseLostError(self._lost)
+
+    def release(self) -> None:
+        """Give the lease back, if it is ours; a lost one is left alone. Twice is fine.
+
+        A store that is away is logged: the lease goes stale then.
+        """
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        try:
+            with storage.patience(self._renewal_s):
+                self._replace(LeaseState.RELEASED)
+        except StorageError as error:
+            logger.warning("the lease could not be released and goes stale: %s", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def _renew_always(self) -> None:
+        """In the thread: until released or lost. A store that is away is away for contenders."""
+        while not self._stop.wait(self._renewal_s) and self._lost is None:
+            try:
+                with storage.patience(self._renewal_s):
+                    self._replace(LeaseState.HELD, unless_stopped=True)
+            except StorageError as error:
+                logger.warning("the lease could not be renewed, trying on: %s", error)
+
+    def _replace(self, state: LeaseState, *, unless_stopped: bool = False) -> None:
+        """Write the next record over ours; ``_lost`` says afterwards if there was another's."""
+        with self._lock:
+            if self._lost or (unless_stopped and self._stop.is_set()):
+                return
+            record = self._record.renewed(state)
+            version = storage.replace_bytes(self.uri, record.to_bytes(), self._version)
+            while version is None:
+                seen = _look(self.uri)
+                if seen is None or seen.record.owner != self._record.owner:
+                    self._lost = _why_lost(self.uri, seen)
+                    return
+                # a renewal whose answer never came was written all the same
+                version = storage.replace_bytes(self.uri, record.to_bytes(), seen.version)
+            self._record, self._version = record, version
+
+
+class _Contender:
+    """A driver that wants the lease at ``uri``."""
+
+    def __init__(self, uri: str, *, wait: bool, ttl_s: float, renewal_s: float) -> None:
+        self._uri = uri
+        self._wait = wait
+        self._ttl_s = ttl_s
+        self._renewal_s = renewal_s
+        self._mine = LeaseRecord.new()
+        self._told_at: float | None = None
+
+    def win(self) -> _Seen:
+        """The object, once it is ours.
+
+        Raises:
+            RunBusyError: somebody else's is alive, and we are not to wait.
+        """
+        watched: _Seen | None = None
+        since = looked = time.monotonic()
+        while True:
+            seen = self._look_or_create()
+            if seen.record.owner == self._mine.owner:
+                return seen
+            if seen.record.state is LeaseState.RELEASED:
+                self._take(seen, over=None)
+                continue
+            # A gap, ours or the store's, may have kept the owner's renewals away, too.
+            gap, looked = time.monotonic() - looked, time.monotonic()
+            if watched is None or seen.version != watched.version or gap > self._ttl_s / 2:
+                self._meet(seen.record, lives=bool(watched and seen.version != watched.version))
+                watched, since = seen, looked
+            elif looked - since >= self._ttl_s:
+                self._take(seen, over=str(seen.record))
+                continue
+            time.sleep(self._renewal_s / _LOOKS_PER_RENEWAL)
+
+    def _look_or_create(self) -> _Seen:
+        while True:
+            if seen := _look(self._uri):
+                return seen
+            storage.create_bytes(self._uri, self._mine.to_bytes())
+
+    def _take(self, seen: _Seen, *, over: str | None) -> None:
+        """Put our record in place of the one seen, unless somebody was faster."""
+        self._mine = self._mine.renewed().model_copy(update={"taken_over_from": over})
+        won = storage.replace_bytes(self._uri, self._mine.to_bytes(), seen.version)
+        if won and over:
+            logger.warning("took the run over from %s: no sign of life for %g s", over, self._ttl_s)
+
+    def _meet(self, holder: LeaseRecord, *, lives: bool) -> None:
+        """Say who has the lease: once, then every minute.
+
+        Raises:
+            RunBusyError: the holder lives, and we are not to wait.
+        """
+        run = self._uri.rpartition("/")[0]
+        if lives and not self._wait:
+            raise RunBusyError(
+                f"{run} is being run by another driver ({holder}). Wait for it to end, or start "
+                "with --wait."
+            )
+        now = time.monotonic()
+        if self._told_at is None or now - self._told_at >= _REMINDER_S:
+            self._told_at = now
+            logger.info(
+                "%s has a driver (%s); watching whether it lives, for up to %g s%s",
+                run,
+                holder,
+                self._ttl_s,
+                ", and waiting while it does" if self._wait else "",
+            )
+
+
+def _look(uri: str) -> _Seen | None:
+    """The lease object; None if there is none.
+
+    Raises:
+        StorageError: it cannot be read, or is no lease.
+    """
+    try:
+        content, version = storage.read_version(uri)
+    except FileNotFoundError:
+        return None
+    try:
+        return _Seen(LeaseRecord.model_validate_json(content), version)
+    except ValidationError as error:
+        raise StorageError(
+            f"{uri} is not a lease of this program ({error.error_count()} faults, the first: "
+            f"{error.errors()[0]['msg']}). Make sure that nobody works on the run, delete the "
+            "object, and start again."
+        ) from None
+
+
+def _why_lost(uri: str, seen: _Seen | None) -> str:
+    run = uri.rpartition("/")[0]
+    if seen is None:
+        return f"the lease of {run} was deleted"
+    return f"the lease of {run} was taken over by another driver ({seen.record})"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,48 @@
+"""Whole local files or nothing, and a lock beside one: what object stores promise by themselves.
+
+In: paths and bytes. Out: files that appear, or change, at once and wherever the writer dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def put(path: str, data: bytes, *, publish: Callable[[Path, Path], None]) -> None:
+    """Write beside ``path``, then bring it there by ``publish``: ``os.replace`` or ``os.link``."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Alone with the local file ``path``, among all that take this lock; leaves no lock file."""
+    lock = Path(path).with_name(f".{Path(path).name}.lock")
+    while True:
+        with lock.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
+            except FileNotFoundError:
+                current = False
+            if not current:  # who had the lock before has removed the file we waited for
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return

@@ -1,0 +1,109 @@
+"""When to stop a run that could go on: a signal, its deadline, too many errors, a lost lease.
+
+In: what the driver sees of the replicas, once a second. Out: whether to stop, and why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from pipeline.progress import Tally
+from pipeline.roster import Snapshot
+
+_SURE = 3.09
+"""Standard deviations: one run in a thousand stops although its rate is just at the limit."""
+
+
+class Reason(StrEnum):
+    """Why a run was stopped."""
+
+    SIGNAL = "signal"
+    DEADLINE = "deadline"
+    ERROR_RATE = "error_rate"
+    LEASE_LOST = "lease_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A decision to stop."""
+
+    reason: Reason
+    message: str
+
+
+class Watch:
+    """Decides once; the first reason counts."""
+
+    def __init__(
+        self,
+        *,
+        max_error_rate: float,
+        min_rows: int,
+        deadline: datetime | None,
+        lease_lost: Callable[[], str | None],
+        show: Callable[[Snapshot], None],
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """``show`` sees every snapshot; ``lease_lost`` says why the lease is gone, if it is."""
+        self._max_error_rate = max_error_rate
+        self._min_rows = min_rows
+        self._deadline = deadline
+        self._lease_lost = lease_lost
+        self._show = show
+        self._clock = clock
+        self._signal: str | None = None
+        self.stop: Stop | None = None
+
+    def interrupt(self, signal_name: str) -> None:
+        """A signal came; safe in a signal handler."""
+        self._signal = signal_name
+
+    def is_late(self) -> bool:
+        """Whether the deadline has passed before anything was started."""
+        if self.stop is None:
+            self.stop = self._judge(Tally())
+        return self.stop is not None
+
+    def __call__(self, snapshot: Snapshot) -> bool:
+        """Whether the run is to stop."""
+        self._show(snapshot)
+        if self.stop is None:
+            self.stop = self._judge(snapshot.tally)
+        return self.stop is not None
+
+    def _judge(self, tally: Tally) -> Stop | None:
+        lost = self._lease_lost()
+        if lost is not None:
+            return Stop(Reason.LEASE_LOST, lost)
+        if self._signal is not None:
+            message = f"stopped by {self._signal}; the same command resumes"
+            return Stop(Reason.SIGNAL, message)
+        if self._deadline is not None and self._clock() >= self._deadline:
+            return Stop(Reason.DEADLINE, f"limits.deadline {self._deadline.isoformat()} passed")
+        if is_surely_above(tally.failed, tally.rows, self._max_error_rate, self._min_rows):
+            return Stop(
+                Reason.ERROR_RATE,
+                f"{tally.failed} of the first {tally.rows} rows failed, with limits.max_error_rate "
+                f"= {self._max_error_rate:g}: stopped early; find the cause (report.json counts "
+                "errors by code), then the same command resumes",
+            )
+        return None
+
+
+def is_surely_above(failed: int, ended: int, limit: float, min_rows: int) -> bool:
+    """Whether the rate behind ``failed`` of ``ended`` rows is above ``limit`` beyond doubt.
+
+    That is, whether the lower end of its Wilson score interval (E. B. Wilson, 1927) is. A few bad
+    rows at the start of a good input must not end a night's run.
+    """
+    if ended < min_rows:
+        return False
+    failed = min(failed, ended)  # samples can fail more often than rows end
+    rate, z2 = failed / ended, _SURE**2
+    centre = rate + z2 / (2 * ended)
+    spread = _SURE * math.sqrt(rate * (1 - rate) / ended + z2 / (4 * ended**2))
+    return (centre - spread) / (1 + z2 / ended) > limit

@@ -1,0 +1,101 @@
+"""The roster: tallies that never count twice, orders that reach everyone, replicas that went."""
+
+from pipeline.progress import Tally
+from pipeline.roster import DRIVER_SILENCE_S, Order, Phase, Pulse, Roster
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def pulse(
+    replica: str = "a",
+    process: str = "a1",
+    phase: Phase = Phase.RUNNING,
+    shards: dict[int, Tally] | None = None,
+    restarts: int = 0,
+    error: str | None = None,
+    handle: object = None,
+) -> Pulse:
+    return Pulse(replica, process, phase, shards or {}, restarts, error, handle)
+
+
+def test_a_shard_that_is_done_again_counts_once() -> None:
+    roster = Roster()
+    roster.beat(pulse(shards={0: Tally(10, 1, 100), 1: Tally(5, 0, 50)}))
+    roster.beat(pulse(process="a2", shards={0: Tally(4, 0, 40)}))
+    assert roster.look().tally == Tally(9, 0, 90)
+    roster.beat(pulse(replica="b", process="b1", shards={0: Tally(12, 1, 120)}))
+    assert roster.look().tally == Tally(17, 1, 170)
+
+
+def test_restarts_of_engines_and_processes_are_counted() -> None:
+    roster = Roster()
+    roster.beat(pulse(restarts=1))
+    roster.beat(pulse(restarts=2))
+    roster.beat(pulse(process="a2", restarts=1))
+    roster.beat(pulse(replica="b", process="b1"))
+    seen = roster.look()
+    assert (seen.engine_restarts, seen.replica_restarts) == (3, 1)
+
+
+def test_starts_count_until_a_row_succeeds() -> None:
+    roster = Roster()
+    for number in range(3):
+        roster.beat(pulse(process=f"a{number}", error="no device"))
+    roster.beat(pulse(process="a3", shards={0: Tally(5, 5, 0)}))
+    assert roster.look().starts_without_progress == 4
+    assert roster.look().last_error == "no device"
+    roster.beat(pulse(process="a3", shards={0: Tally(6, 5, 9)}))
+    assert roster.look().starts_without_progress == 0
+
+
+def test_a_drain_reaches_those_that_come_later_with_what_is_left_of_it() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    assert roster.beat(pulse()) == Order()
+    roster.drain(20)
+    clock.now += 5
+    assert roster.beat(pulse()) == Order(drain_s=15)
+    clock.now += 30
+    assert roster.beat(pulse(replica="b", process="b1")) == Order(drain_s=0)
+
+
+def test_replicas_stop_by_themselves_when_the_driver_is_silent() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    roster.look()
+    clock.now += DRIVER_SILENCE_S - 1
+    assert roster.beat(pulse()) == Order()
+    clock.now += 2
+    assert roster.beat(pulse()) == Order(drain_s=0.0)
+
+
+def test_only_replicas_that_are_heard_of_are_running() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    roster.beat(pulse())
+    roster.beat(pulse(replica="b", process="b1", phase=Phase.STARTING))
+    roster.beat(pulse(replica="c", process="c1", phase=Phase.DRAINED))
+    assert roster.look().running == 1
+    clock.now += 60
+    assert roster.look().running == 0
+
+
+def test_the_longest_silent_replica_comes_first_with_its_handle() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    roster.beat(pulse(handle="A"))
+    clock.now += 7
+    roster.beat(pulse(replica="b", process="b1", handle="B"))
+    clock.now += 1
+    roster.beat(pulse(replica="b", process="b1"))
+    silent = roster.look().silent
+    assert [(item.replica, item.seconds, item.handle) for item in silent] == [
+        ("a", 8.0, "A"),
+        ("b", 0.0, "B"),
+    ]

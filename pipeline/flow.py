@@ -299,6 +299,8 @@ class _Results:
         """End the dataset at its next block; waits for that up to ``timeout_s``."""
         self._stopped = True
         self._thread.join(timeout_s)
+        if not self.finished:  # its executor will complain once Ray is shut down under it
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
     def raise_error(self) -> None:
         """Raise what ended the dataset, if anything did, unless it was to end anyway."""

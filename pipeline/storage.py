@@ -28,12 +28,11 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 from botocore.exceptions import BotoCoreError
-from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol, glob_translate
 
-from pipeline import faults, local_files
+from pipeline import faults, local_files, s3
 from pipeline.errors import InputError, StorageError, StorageUnavailableError
 from pipeline.faults import PATIENCE_S as PATIENCE_S
 from pipeline.faults import patience as patience
@@ -46,7 +45,6 @@ _CONNECT_TIMEOUT_S = 5
 _READ_TIMEOUT_S = 30
 """Between two pieces of an answer."""
 _CONNECTIONS = 64
-_DELETE_BATCH = 1000  # S3's limit for one request
 # A first look before anything starts: a wrong endpoint or bucket must be told in seconds.
 _S3_PROBE: dict[str, Any] = {
     "config_kwargs": {
@@ -186,7 +184,12 @@ def read_bytes(uri: str, *, limit: int | None = None) -> bytes:
     """
 
     def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-        return bytes(fs.cat_file(path, start=None if limit is None else 0, end=limit))
+        try:
+            return bytes(fs.cat_file(path, start=None if limit is None else 0, end=limit))
+        except OSError as error:
+            if limit is None or faults.answer(error)[0] != 416:
+                raise
+            return b""  # S3 has no range of an empty object
 
     return _attempted(uri, "read", content)
 
@@ -241,9 +244,10 @@ def put_bytes(uri: str, data: bytes) -> None:
 def create_bytes(uri: str, data: bytes) -> bool:
     """Write one whole object only if nothing is there; whether ``data`` is there now.
 
-    Of several at once, one wins: S3 by ``If-None-Match``, local files by a hard link, ``gs://`` by
-    its generation. A request whose answer was lost finds its own object when it is repeated, so an
-    object with the very same content counts as written: let contents differ between writers.
+    Of several at once, one wins: S3 by ``If-None-Match``, local files by a hard link; elsewhere
+    it is up to the driver. A request whose answer was lost finds its own object when it is
+    repeated, so an object with the very same content counts as written: let contents differ
+    between writers.
 
     Raises:
         StorageError: the write failed or cannot be confirmed.
@@ -258,7 +262,10 @@ def create_bytes(uri: str, data: bytes) -> bool:
         except OSError as error:
             if not _is_refused(error):
                 raise
-            return bool(fs.info(path)["size"] == len(data)) and fs.cat_file(path) == data
+            try:
+                return bool(fs.info(path)["size"] == len(data)) and fs.cat_file(path) == data
+            except FileNotFoundError:
+                raise StorageUnavailableError(f"cannot write {uri}: it came and went") from error
         _confirm(fs, path, uri, data)
         return True
 
@@ -283,10 +290,14 @@ def replace_bytes(uri: str, data: bytes, version: str) -> str | None:
                 with local_files.locked(path):
                     return _replace_if(fs, path, data, version)
             if get_protocol(uri) in _S3_PROTOCOLS:
-                return _replace_s3(fs, path, data, version)
+                return s3.replace(fs, path, data, version)
             return _replace_if(fs, path, data, version)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if not _is_refused(error):
+                raise
+            return _version_if(fs, path, data)
 
     return _attempted(uri, "write", replace)
 
@@ -313,9 +324,12 @@ def delete_all(uris: Collection[str]) -> None:
     for uri in uris:
         if get_protocol(uri) not in _S3_PROTOCOLS:
             delete(uri)
-    for _, group in groupby(sorted(bulk), key=lambda uri: uri.split("/")[2]):
-        for batch in _batches(list(group), _DELETE_BATCH):
-            _delete_batch(batch)
+    for bucket, group in groupby(sorted(bulk), key=lambda uri: uri.split("/")[2]):
+        keys = [uri.split("/", 3)[3] for uri in group]
+        for start in range(0, len(keys), s3.DELETE_BATCH):
+            batch = keys[start : start + s3.DELETE_BATCH]
+            remove = functools.partial(s3.delete, bucket=bucket, keys=batch)
+            _attempted(f"s3://{bucket}/{batch[0]}", f"delete {len(batch)} objects from", remove)
 
 
 def exists(uri: str) -> bool:
@@ -439,29 +453,10 @@ def _is_visible(relative: str) -> bool:
 
 
 def _read_version(fs: fsspec.AbstractFileSystem, path: str) -> tuple[bytes, str]:
-    if "s3" not in fs.protocol:
-        content = bytes(fs.cat_file(path))
-        return content, hashlib.sha256(content).hexdigest()
-
-    async def get() -> tuple[bytes, str]:
-        bucket, key, _ = fs.split_path(path)
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
-        async with answer["Body"] as body:
-            return await body.read(), answer["ETag"].strip('"')
-
-    content, etag = sync(fs.loop, get)
-    return content, etag
-
-
-def _replace_s3(fs: fsspec.AbstractFileSystem, path: str, data: bytes, version: str) -> str | None:
-    bucket, key, _ = fs.split_path(path)
-    try:
-        answer = fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfMatch=f'"{version}"')
-    except OSError as error:
-        if not _is_refused(error):
-            raise
-        return _version_if(fs, path, data)
-    return str(answer["ETag"]).strip('"')
+    if "s3" in fs.protocol:
+        return s3.read_version(fs, path)
+    content = bytes(fs.cat_file(path))
+    return content, hashlib.sha256(content).hexdigest()
 
 
 def _replace_if(fs: fsspec.AbstractFileSystem, path: str, data: bytes, version: str) -> str | None:
@@ -476,7 +471,10 @@ def _replace_if(fs: fsspec.AbstractFileSystem, path: str, data: bytes, version: 
 
 def _version_if(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> str | None:
     """The object's version if its content is ``data``: then the write was ours."""
-    content, version = _read_version(fs, path)
+    try:
+        content, version = _read_version(fs, path)
+    except FileNotFoundError:
+        return None
     return version if content == data else None
 
 
@@ -489,34 +487,6 @@ def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, data: bytes) ->
     stored = fs.info(path)["size"]
     if stored != len(data):
         raise StorageUnavailableError(f"cannot write {uri}: stored {stored} of {len(data)} bytes")
-
-
-def _batches(items: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _delete_batch(uris: list[str]) -> None:
-    """Delete these objects of one S3 bucket by one request."""
-
-    def remove(fs: fsspec.AbstractFileSystem, path: str) -> None:
-        bucket = fs.split_path(path)[0]
-        keys = [fs.split_path(fs._strip_protocol(uri))[1] for uri in uris]
-        answer = fs.call_s3(
-            "delete_objects",
-            Bucket=bucket,
-            Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
-        )
-        for error in answer.get("Errors", []):
-            _raise_for_key(bucket, error)
-
-    _attempted(uris[0], f"delete {len(uris)} objects from", remove)
-
-
-def _raise_for_key(bucket: str, error: dict[str, str]) -> None:
-    code = error.get("Code", "")
-    kind = StorageUnavailableError if faults.is_transient_code(code) else StorageError
-    raise kind(f"cannot delete s3://{bucket}/{error.get('Key')}: {code} {error.get('Message')}")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -109,6 +109,12 @@ class Story:
     def driver_kills(self) -> int:
         """Kills of the driver."""
         return sum(one.victim is Victim.DRIVER for one in self.strikes)
+
+    def to_json(self) -> str:
+        """For later looks; the generations are in the ledger."""
+        deaths = [(pid, started, at) for (pid, started), at in self.deaths.items()]
+        document = asdict(replace(self, generations=(), deaths={})) | {"deaths": deaths}
+        return json.dumps(document, indent=1)
 
     def recovered_after(self, number: int) -> float | None:
         """Seconds from that strike to progress again; None if it was not seen."""

@@ -20,6 +20,9 @@ from typing import Any
 from tests.chaos.ledger import Generation
 
 SLACK_S = 2.0
+BACKOFF_S = 10.0
+"""Longest wait between two tries of a write (``pipeline.faults``): an outage ends that much later
+for whoever was trying."""
 WASTE_LIMIT = 0.01
 """Finished tokens generated again beyond the journal interval, as a share of all."""
 _COMPARED = ("status", "text", "completion_tokens", "prompt_tokens", "finish_reason", "seed")
@@ -91,6 +94,7 @@ def judge_campaign(
     wanted: int,
     exits: Sequence[int],
     driver_kills: int,
+    errors: Sequence[str],
     finished: bool,
     left_over: Sequence[str],
     troubles: Sequence[str],
@@ -102,6 +106,7 @@ def judge_campaign(
         wanted: kills asked for.
         exits: exit codes of the driver's starts, in order.
         driver_kills: how many of them the campaign killed.
+        errors: what the starts that failed said.
         finished: whether ``_SUCCESS`` is there.
         left_over: processes found after the end.
         troubles: what the campaign had to give up on.
@@ -114,7 +119,11 @@ def judge_campaign(
     return [
         Check("kills landed", landed >= wanted, f"{landed} of {wanted}"),
         Check("the run is complete", ended, codes),
-        Check("every stop could be resumed", not strange and not killed_by_others, codes),
+        Check(
+            "every stop could be resumed",
+            not strange and not killed_by_others,
+            "; ".join((codes, *errors)),
+        ),
         Check("nobody had to help", not troubles, "; ".join(troubles) or "nobody did"),
         Check("nothing left behind", not left_over, "; ".join(left_over) or "nothing"),
     ]
@@ -153,7 +162,9 @@ def _is_excused(
     death = deaths.get((earlier.pid, earlier.started))
     if death is None:
         return False
-    away = sum(max(0.0, min(end, death) - max(start, earlier.at)) for start, end in outages)
+    away = sum(
+        max(0.0, min(end + BACKOFF_S, death) - max(start, earlier.at)) for start, end in outages
+    )
     return death - earlier.at - away <= patience_s
 
 

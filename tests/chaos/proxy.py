@@ -122,7 +122,7 @@ class FaultProxy:
         )
         application = web.Application(client_max_size=_MAX_BODY)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(application, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
@@ -142,7 +142,10 @@ class FaultProxy:
         if fault is Fault.SLOW:
             await asyncio.sleep(self._rng.uniform(*_SLOW_S))
         self._counts[fault or "passed"] += 1
-        body = await request.read()
+        try:
+            body = await request.read()
+        except ConnectionResetError:  # the client was killed half-way
+            return _reset(request)
         match fault:
             case Fault.INTERNAL_ERROR:
                 return _error(request, 500, "InternalError", "We encountered an internal error.")

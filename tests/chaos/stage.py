@@ -80,7 +80,10 @@ class Stage:
     def play(self, name: str, targets: Sequence[Victim], *, fire: Fire | None = None) -> Story:
         """Run ``name`` to its end while ``targets`` are killed."""
         rng = Random(f"{self.setting.seed}-{name}")
-        return Campaign(self.cluster, self.job(name), rng, fire or Fire()).run(targets)
+        job = self.job(name)
+        story = Campaign(self.cluster, job, rng, fire or Fire()).run(targets)
+        (job.folder / "story.json").write_text(story.to_json())
+        return story
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """All records of the run ``name``."""
@@ -181,6 +184,7 @@ def judge_run(stage: Stage, story: Story, *, wanted: int, journal_s: float) -> O
             wanted=wanted,
             exits=story.exits,
             driver_kills=story.driver_kills,
+            errors=story.errors,
             finished=stage.is_marked("disturbed"),
             left_over=story.left_over,
             troubles=story.troubles,

@@ -149,13 +149,21 @@ def test_a_repeat_without_a_death_is_not_excused() -> None:
     assert not repeat.excused
 
 
-def test_the_time_the_store_was_away_does_not_count() -> None:
-    (repeat,) = repeats(generation(97), generation(150), outages=[(98.0, 108.0)])
-    assert repeat.excused
-    (repeat,) = repeats(generation(92), generation(150), outages=[(98.0, 108.0)])
-    assert not repeat.excused
-    (repeat,) = repeats(generation(102), generation(150), outages=[(111.0, 121.0)])
-    assert not repeat.excused
+@pytest.mark.parametrize(
+    ("first", "outage", "excused"),
+    [
+        (87.0, (88.0, 98.0), True),  # away from 88 to 98, and 10 s until the next try
+        (78.0, (88.0, 98.0), False),
+        (101.0, (102.0, 108.0), True),
+        (94.0, (102.0, 108.0), False),
+        (102.0, (111.0, 121.0), False),
+    ],
+)
+def test_the_time_the_store_was_away_does_not_count(
+    first: float, outage: tuple[float, float], excused: bool
+) -> None:
+    (repeat,) = repeats(generation(first), generation(150), outages=[outage])
+    assert repeat.excused is excused
 
 
 def test_each_further_generation_is_a_repeat_of_the_one_before_it() -> None:
@@ -181,6 +189,7 @@ def campaign(**changes: Any) -> set[str]:
         "wanted": 3,
         "exits": [-9, 75, 1, 0],
         "driver_kills": 1,
+        "errors": ["the store is away"],
         "finished": True,
         "left_over": [],
         "troubles": [],

@@ -29,9 +29,9 @@ SETTING = Setting(
     replicas=2,
     overrides={"max_num_seqs": 4},
     limits={"shard_rows": 100, "journal_s": JOURNAL_S},
-    echo_delay_s=0.2,
+    echo_delay_s=0.15,
 )
-FIRE = Fire(pause_s=(2.0, 5.0), outage_s=6.0, node_away_s=1.0, stuck_s=120.0)
+FIRE = Fire(pause_s=(2.0, 4.0), outage_s=5.0, node_away_s=1.0, stuck_s=150.0)
 
 
 def undisturbed(stage: Stage) -> Stage:

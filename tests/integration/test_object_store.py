@@ -24,7 +24,7 @@ from cluster import parts
 from cluster.state import ClusterState
 from pipeline import storage
 from pipeline.errors import StorageError, StorageUnavailableError
-from pipeline.lease import Lease
+from pipeline.lease import Lease, LeaseRecord
 from tests.lease_cases import LeaseCases, record_at
 from tests.s3_front import CUT, INTERNAL_ERROR, LOST, RESET, SLOW_DOWN, S3Front, s3_front
 
@@ -132,14 +132,22 @@ def test_a_put_outlasts_faults_and_is_stored_whole(front: S3Front, folder: str, 
 def test_reads_outlast_faults_and_come_whole(front: S3Front, folder: str, fault: str) -> None:
     uri = f"{folder}/object"
     storage.put_bytes(uri, b"content" * 1000)
-    for read in (
+    reads: list[Callable[[], bytes]] = [
         lambda: storage.read_bytes(uri),
         lambda: storage.read_bytes(uri, limit=7000),
         lambda: storage.read_version(uri)[0],
-    ):
+    ]
+    for read in reads:
         front.script.extend([fault] * 2)
         assert read() == b"content" * 1000
         assert not front.script
+
+
+def test_an_empty_object_reads_as_empty(folder: str) -> None:
+    storage.put_bytes(f"{folder}/object", b"")
+    assert storage.read_bytes(f"{folder}/object") == b""
+    assert storage.read_bytes(f"{folder}/object", limit=10) == b""
+    assert storage.read_version(f"{folder}/object")[0] == b""
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, RESET, CUT])
@@ -147,11 +155,12 @@ def test_listings_outlast_faults_and_are_whole(front: S3Front, folder: str, faul
     uris = [f"{folder}/{part}/{name}" for part in ("x", "y") for name in ("a", "b")]
     for uri in uris:
         storage.put_bytes(uri, b"data")
-    for look in (
+    looks: list[Callable[[], list[str]]] = [
         lambda: [entry.uri for entry in storage.list_files(folder)],
         lambda: [entry.uri for entry in storage.list_files(f"{folder}/*/[ab]")],
         lambda: [uri for part in "xy" for uri in storage.list_folder(f"{folder}/{part}")],
-    ):
+    ]
+    for look in looks:
         front.script.extend([fault] * 2)
         assert look() == uris
         assert not front.script
@@ -361,6 +370,20 @@ class TestLeaseOnS3(LeaseCases):
             assert not waiting.done()
             lease.release()
             waiting.result(timeout=60).release()
+
+    def test_time_in_which_the_store_was_away_makes_no_lease_stale(
+        self, run_uri: str, store: Store
+    ) -> None:
+        storage.put_bytes(f"{run_uri}/_lease.json", LeaseRecord.new().to_bytes())
+        with ThreadPoolExecutor(1) as pool:
+            contender = pool.submit(self.acquire, run_uri)
+            time.sleep(1)
+            store.kill()
+            time.sleep(1.5 * self.ttl_s)
+            back = time.monotonic()
+            store.start()
+            contender.result(timeout=60).release()
+            assert time.monotonic() - back >= self.ttl_s
 
     @pytest.mark.parametrize("fault", FAULTS)
     def test_faulty_answers_cost_no_lease(self, run_uri: str, front: S3Front, fault: str) -> None:

@@ -53,6 +53,7 @@ def test_rows_of_the_planned_version_are_read(tmp_path: Path) -> None:
     ("columns", "what"),
     [
         ({"prompt": ["other"] * 10, "n": list(range(10))}, r"version .* -> "),
+        (numbered(10), r"\(version [\d.]+ -> 1\.0\)"),
         (numbered(9), r"size \d+ -> \d+, version .* -> "),
         ({"something": ["else"]}, r"size \d+ -> \d+, version .* -> "),
     ],

@@ -272,6 +272,25 @@ def test_a_new_run_discards_what_the_old_one_wrote_and_nothing_else(folder: Path
     assert settle(folder, seed=8).pending == run.plan.shards
 
 
+def test_a_new_run_that_fails_while_discarding_has_taken_the_manifest_away(folder: Path) -> None:
+    fill(folder)
+    (folder / "out" / "report.html").unlink()
+    (folder / "out" / "report.html").mkdir()  # cannot be deleted as a file
+    with pytest.raises(StorageError, match=r"report\.html"):
+        settle(folder, new_run=True).start()
+    assert not {"_SUCCESS", "run.json"} & stored(folder / "out")
+
+
+def test_a_file_of_others_that_came_before_the_start_is_not_discarded(folder: Path) -> None:
+    fill(folder)
+    run = settle(folder, new_run=True)
+    late = {"data/sales.parquet", "data/part-1.parquet", "data/part-000001.parquet.bak"}
+    for name in late:
+        (folder / "out" / name).write_bytes(b"theirs")
+    run.start()
+    assert stored(folder / "out") == FOREIGN | late | {"run.json", "_plan.json"}
+
+
 def test_a_new_run_in_an_empty_folder_is_any_new_run(folder: Path) -> None:
     settle(folder, new_run=True).start()
     assert stored(folder / "out") == {"run.json", "_plan.json"}

@@ -1,0 +1,174 @@
+"""The real engine dies, hangs, or is left behind: its rows complete, its processes end.
+
+One replica at a time, without Ray. The row that kills the engine does so by SIGKILL to the engine
+core, as the kernel does when memory runs out. Not covered: GPUs, and engines over several nodes.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.engine import EngineSpec
+from pipeline.errors import ErrorCode
+from pipeline.profile import load_profile
+from pipeline.records import Completion, Failure, Outcome, Prepared
+from pipeline.replica import Replica, ReplicaLimits
+from pipeline.sampling import Sampling
+from tests.chaos.corpus import MARKER_TOKENS
+from tests.chaos.fragile_engine import FragileVLLM, start_fragile_vllm
+
+pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(600)]
+
+ENGINE_CORE = "VLLM::EngineCore"
+ROWS = 40
+POISON = 5
+
+
+def spec() -> EngineSpec:
+    profile = load_profile("mini-maverick-tp1", overrides={})
+    return EngineSpec(profile.model, profile.revision, profile.engine_args, profile.env)
+
+
+def row(
+    number: int, *, tokens: Sequence[int] = tuple(b"Count to 9."), length: int = 60
+) -> Prepared:
+    return Prepared(
+        input_row=number,
+        custom_id=f"row-{number}",
+        token_ids=list(tokens),
+        images=(),
+        image_tokens=0,
+        prompt_tokens=len(tokens),
+        sampling=Sampling(temperature=1.5, max_completion_tokens=length),
+        seeds=(number,),
+    )
+
+
+def generate(replica: Replica, rows: Sequence[Prepared]) -> dict[int, Outcome]:
+    outcomes = [outcome for batch in replica.generate(0, rows) for outcome in batch]
+    assert len(outcomes) == len(rows)
+    return {outcome.input_row: outcome for outcome in outcomes}
+
+
+def texts(outcomes: dict[int, Outcome]) -> dict[int, str]:
+    return {key: o.text for key, o in outcomes.items() if isinstance(o, Completion)}
+
+
+def engine_cores() -> list[psutil.Process]:
+    below = psutil.Process().children(recursive=True)
+    return [process for process in below if ENGINE_CORE in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    start = partial(start_fragile_vllm, spec(), ledger=tmp_path_factory.mktemp("book") / "ledger")
+    limits = ReplicaLimits(window=8, stall_s=4, flush_s=0.2, row_timeout_s=120)
+    replica = Replica(start, limits)
+    yield replica
+    replica.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(replica: Replica) -> dict[int, str]:
+    return texts(generate(replica, [row(number) for number in range(ROWS)]))
+
+
+def test_a_killed_engine_core_costs_no_row_and_changes_no_text(
+    replica: Replica, undisturbed: dict[int, str]
+) -> None:
+    before = replica.engine_restarts
+    batches = replica.generate(0, [row(number) for number in range(ROWS)])
+    outcomes = list(next(batches))
+    (core,) = engine_cores()
+    core.kill()
+    outcomes += [outcome for batch in batches for outcome in batch]
+    assert replica.engine_restarts == before + 1
+    assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
+    assert {outcome.attempts for outcome in outcomes} == {1, 2}
+
+
+def test_the_row_that_kills_the_engine_is_found_and_the_others_complete(
+    replica: Replica, undisturbed: dict[int, str]
+) -> None:
+    before = replica.engine_restarts
+    rows = [row(number) for number in range(ROWS)]
+    rows[POISON] = row(POISON, tokens=(*b"Boom", *MARKER_TOKENS))
+    outcomes = generate(replica, rows)
+    fatal = outcomes.pop(POISON)
+    assert isinstance(fatal, Failure)
+    assert fatal.code == ErrorCode.ENGINE_FATAL
+    assert texts(outcomes) == {key: text for key, text in undisturbed.items() if key != POISON}
+    assert replica.engine_restarts - before <= 4  # log2(8) + 1
+
+
+def test_a_hung_engine_core_is_replaced(replica: Replica, undisturbed: dict[int, str]) -> None:
+    before = replica.engine_restarts
+    batches = replica.generate(0, [row(number) for number in range(ROWS)])
+    outcomes = list(next(batches))
+    (core,) = engine_cores()
+    core.send_signal(signal.SIGSTOP)
+    outcomes += [outcome for batch in batches for outcome in batch]
+    assert replica.engine_restarts == before + 1
+    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+    assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
+
+
+def test_a_row_over_its_time_is_aborted_in_the_engine(tmp_path: Path) -> None:
+    engines: list[FragileVLLM] = []
+
+    def start() -> FragileVLLM:
+        engines.append(start_fragile_vllm(spec(), ledger=tmp_path / "ledger"))
+        return engines[-1]
+
+    replica = Replica(start, ReplicaLimits(window=4, row_timeout_s=0.005))  # a step takes longer
+    try:
+        outcomes = generate(replica, [row(number) for number in range(12)])
+        codes = {(o.code, o.attempts) for o in outcomes.values() if isinstance(o, Failure)}
+        assert codes == {(ErrorCode.TIMEOUT, 1)}
+        assert texts(outcomes) == {}
+        assert engines[0]._llm.get_num_unfinished_requests() == 0
+        assert replica.engine_restarts == 0
+    finally:
+        replica.shutdown()
+
+
+def test_an_engines_processes_end_when_the_replicas_process_is_killed() -> None:
+    """vLLM's own would wait for requests for ever, and hold the memory of a GPU."""
+    code = (
+        "import asyncio, psutil, time\n"
+        "from tests.integration.test_engine_death import spec\n"
+        "from pipeline.engine import VLLMEngine\n"
+        "async def main():\n"
+        "    engine = VLLMEngine(spec())\n"
+        "    print(*(p.pid for p in psutil.Process().children(recursive=True)), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        watchdog = threading.Timer(300, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            line = next(text for text in process.stdout if text.strip().replace(" ", "").isdigit())
+            left = [psutil.Process(int(pid)) for pid in line.split()]
+            assert any(ENGINE_CORE in " ".join(child.cmdline()) for child in left)
+        finally:
+            process.kill()
+            watchdog.cancel()
+    until = time.monotonic() + 20
+    while any(child.is_running() for child in left) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert [child for child in left if child.is_running()] == []

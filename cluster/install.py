@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".installed"
 LOG = VENV / "install.log"
 PROJECT = ROOT / "pyproject.toml"
+EGG_INFO = ROOT / "maverick_batch.egg-info"
 CONSTRAINTS = ROOT / "cluster" / "constraints.txt"
 
 NEEDED = (3, 11)
@@ -173,6 +175,7 @@ def install(extra: str) -> None:
     started = time.monotonic()
     make_venv()
     STAMP.unlink(missing_ok=True)
+    shutil.rmtree(EGG_INFO, ignore_errors=True)  # an old one hides new entry points
     install_packages(extra)
     repair()
     STAMP.write_text(wanted + "\n")

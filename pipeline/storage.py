@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 _S3_PROTOCOLS = ("s3", "s3a")
 _CONNECT_TIMEOUT_S = 5
+_READ_AHEAD = 4 * 2**20
+"""Bytes fetched beyond what was asked for: s3fs's default, 50 MiB, would follow each seek."""
 _READ_TIMEOUT_S = 30
 """Between two pieces of an answer."""
 _CONNECTIONS = 64
@@ -214,7 +216,7 @@ def open_input(uri: str) -> Iterator[IO[bytes]]:
     """
 
     def opened(fs: fsspec.AbstractFileSystem, path: str) -> Any:
-        return fs.open(path, "rb", cache_type="readahead")
+        return fs.open(path, "rb", cache_type="readahead", block_size=_READ_AHEAD)
 
     file = _attempted(uri, "read", opened)
     if cache := getattr(file, "cache", None):  # local files have none, and need none
@@ -396,6 +398,7 @@ def _s3_filesystem(
         "s3",
         skip_instance_cache=True,
         use_listings_cache=False,
+        session=s3.session(),
         config_kwargs={
             "connect_timeout": min(_CONNECT_TIMEOUT_S, read_timeout_s),
             "read_timeout": read_timeout_s,

@@ -23,8 +23,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pipeline.lease import Lease
-
 from jobs.cli import Interrupted, first_signal, job_parser, raise_interrupted, run_job
 from pipeline import storage
 from pipeline.capacity import NodeCapacity, missing, this_machine
@@ -48,6 +46,7 @@ from pipeline.errors import (
 )
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
+from pipeline.lease import Lease
 from pipeline.model import ModelSpec
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
@@ -439,13 +438,14 @@ def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> l
 
 
 def _rows_of(parts: Sequence[PartStats]) -> int:
-    return sum(sum(part.rows.values()) for part in parts)
+    """Rows that were generated: not those taken over from the journals of earlier attempts."""
+    return sum(sum(part.rows.values()) - part.taken_over for part in parts)
 
 
 def _commit_empty(job: Job) -> PartStats:
     """An input without rows: one empty part, so that the output opens like any other."""
     (shard,) = job.run.plan.shards
-    return commit_outcomes(job.to, shard, [], job.found.columns.carried.empty_table(), 0.0)
+    return commit_outcomes(job.to, shard, [], job.found.columns.carried.empty_table())
 
 
 def _flow_spec(job: Job) -> FlowSpec:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -99,26 +99,36 @@ class ReplicaActor:
             started = time.monotonic()
             journal = Journal(to, shard)
             items = read_prepared(block)
+            known = {outcome.key: outcome for outcome in journal.read()}
             try:
-                outcomes = self._complete(shard, items, journal)
+                outcomes = self._complete(shard, items, journal, known)
             except EngineError as error:
                 self._end_process(error)
             if len(outcomes) < len(_keys(items)):
                 return None
-            seconds = time.monotonic() - started
-            stats = commit_outcomes(to, shard, outcomes, carried_columns(block), seconds)
+            stats = commit_outcomes(
+                to,
+                shard,
+                outcomes,
+                carried_columns(block),
+                seconds=time.monotonic() - started,
+                known=known.keys() & _keys(items),
+            )
             journal.clear()
             return stats
 
     def _complete(
-        self, shard: Shard, items: Sequence[Prepared | Failure], journal: Journal
+        self,
+        shard: Shard,
+        items: Sequence[Prepared | Failure],
+        journal: Journal,
+        known: Mapping[SampleKey, Outcome],
     ) -> list[Outcome]:
-        """The shard's outcomes: what the journal has of them, and the rest as it is generated."""
+        """The shard's outcomes: what is known of them, and the rest as it is generated."""
         wanted = _keys(items)
-        known = {outcome.key: outcome for outcome in journal.read() if outcome.key in wanted}
-        outcomes = list(known.values())
+        outcomes = [outcome for key, outcome in known.items() if key in wanted]
         self._open.count(shard.index, outcomes)
-        for batch in self._replica.generate(shard.index, items, known=known.keys()):
+        for batch in self._replica.generate(shard.index, items, known=known):
             outcomes += batch
             self._open.count(shard.index, batch)
             if len(outcomes) < len(wanted):

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import AccountingError, StorageError
 from pipeline.plan import Plan, Shard
-from pipeline.records import Failure, Outcome, Status, part_table
+from pipeline.records import Failure, Outcome, SampleKey, Status, part_table
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class PartStats:
     """From the shard's arrival at its replica to its commit."""
     run: str = ""
     """Id of the run it belongs to."""
+    taken_over: int = 0
+    """Rows that were finished before: the attempt that committed the part found them journaled."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -78,14 +80,15 @@ def part_uri(output_uri: str, shard: int) -> str:
     return storage.join(output_uri, "data", f"part-{shard:06d}.parquet")
 
 
-def summarize(shard: int, outcomes: Sequence[Outcome], seconds: float, run_id: str) -> PartStats:
+def summarize(
+    shard: int, outcomes: Sequence[Outcome], seconds: float, run_id: str, taken_over: int = 0
+) -> PartStats:
     """The stats of a part that holds ``outcomes``."""
     completed = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     rows = _count_rows(outcomes)
     return PartStats(
         shard=shard,
-        run=run_id,
         rows=rows,
         records=len(outcomes),
         tokens={
@@ -98,6 +101,8 @@ def summarize(shard: int, outcomes: Sequence[Outcome], seconds: float, run_id: s
         finish_reasons=dict(Counter(outcome.finish_reason for outcome in completed)),
         lengths=dict(Counter(str(o.completion_tokens.bit_length()) for o in completed)),
         seconds=round(seconds, 3),
+        run=run_id,
+        taken_over=taken_over,
     )
 
 
@@ -153,14 +158,23 @@ def committed_stats(to: Destination, shard: Shard) -> PartStats | None:
 
 
 def commit_outcomes(
-    to: Destination, shard: Shard, outcomes: Sequence[Outcome], carried: pa.Table, seconds: float
+    to: Destination,
+    shard: Shard,
+    outcomes: Sequence[Outcome],
+    carried: pa.Table,
+    *,
+    seconds: float = 0.0,
+    known: Collection[SampleKey] = (),
 ) -> PartStats:
     """Commit the outcomes of one whole shard, with its carried columns in input order.
+
+    ``known`` are those of the outcomes that the journal had.
 
     Raises:
         AccountingError, StorageError: as ``commit_part``.
     """
-    stats = summarize(shard.index, outcomes, seconds, to.run_id)
+    rows = len({row for row, _ in known})
+    stats = summarize(shard.index, outcomes, seconds, to.run_id, rows)
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to.output_uri, table, shard, stats)
 

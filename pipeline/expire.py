@@ -27,6 +27,6 @@ def expire_shard(block: pa.Table, *, to: Destination, prepare: PrepareSpec) -> p
         expired = {row.key: row for row in expired_rows(block, prepare)}
         known = {outcome.key: outcome for outcome in journal.read() if outcome.key in expired}
         outcomes = list({**expired, **known}.values())
-        stats = commit_outcomes(to, shard, outcomes, carried(block, prepare.columns), 0.0)
+        stats = commit_outcomes(to, shard, outcomes, carried(block, prepare.columns), known=known)
         journal.clear()
     return pa.table({"stats": [stats.to_json()]})

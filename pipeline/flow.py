@@ -37,7 +37,6 @@ from pipeline.commit import PartStats
 from pipeline.duplicates import Duplicates
 from pipeline.errors import CapacityError, EngineError, PipelineError
 from pipeline.expire import expire_shard
-from pipeline.faults import retrying
 from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
@@ -60,6 +59,8 @@ _LAST_JOURNAL_S = 4.0
 """Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
 _EXECUTOR_STOP_S = 3.0
 """What Ray Data gets to end in order; a dataset without a block on its way cannot."""
+_RAY_ADVICE = "\nFailed to "
+"""How the advice begins that Ray Data appends to the message of whatever a step raises."""
 _CONNECT_S = 3.0
 _GIB = 2**30
 
@@ -334,7 +335,7 @@ def _own_errors() -> Iterator[None]:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, PipelineError):
-            raise cause from error
+            raise type(cause)(str(cause).partition(_RAY_ADVICE)[0]) from error
         first_line = str(cause).partition("\n")[0]
         raise EngineError(f"a step failed: {type(cause).__name__}: {first_line}") from error
     except ActorDiedError as error:
@@ -393,8 +394,7 @@ def _configure_ray_data() -> None:
 def _read_block(
     shard: Shard, columns: InputColumns, planned: InputFile, first_uses: Mapping[int, FirstUse]
 ) -> list[pa.Table]:
-    read = partial(read_shard, shard, columns, planned=planned)
-    return [input_block(shard, retrying(read, what=f"read {shard.uri}"), first_uses)]
+    return [input_block(shard, read_shard(shard, columns, planned=planned), first_uses)]
 
 
 def _accelerator(resources: dict[str, float]) -> str | None:

@@ -55,6 +55,8 @@ class Setting:
     limits: Mapping[str, Any] = field(default_factory=dict)
     echo_delay_s: float | None = None
     """If given, the echo engine with this delay instead of the model."""
+    only: str | None = None
+    """Of the corpus's files this one alone: the first, or a duplicate may lack its twin."""
     arguments: Sequence[str] = ()
     """Further arguments of the job."""
 
@@ -102,6 +104,7 @@ class Stage:
         return [
             {"input_file": name, "input_row": number, **row}
             for name, table in self.setting.corpus.files.items()
+            if self.setting.only in (None, name)
             for number, row in enumerate(table.drop_columns(["images"]).to_pylist())
         ]
 
@@ -109,7 +112,7 @@ class Stage:
         setting = self.setting
         return {
             "name": f"chaos-{name}",
-            "input": {"uri": INPUT_URI},
+            "input": {"uri": storage.join(INPUT_URI, setting.only or "")},
             "output": {"uri": storage.join(BASE_URI, name)},
             "seed": setting.seed,
             "sampling": {"temperature": 0.7, "max_completion_tokens": 64},

@@ -5,22 +5,20 @@ a real engine's processes, which `make chaos` kills too.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 
-from tests.chaos.campaign import Driver, Fire, Job
+from tests.chaos.campaign import Driver, Fire, Job, Watcher
 from tests.chaos.corpus import make_corpus
-from tests.chaos.judge import judge_records
-from tests.chaos.ledger import LedgerReader
+from tests.chaos.judge import find_repeats, judge_records, judge_waste
 from tests.chaos.stage import Setting, Stage, judge_run, set_stage
 from tests.chaos.victims import Victim
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(420)]
 
-ROWS = 2000
+ROWS = 1200
 FAULTS = 0.05
 JOURNAL_S = 3.0
 SETTING = Setting(
@@ -59,21 +57,9 @@ def test_a_run_under_fire_keeps_every_promise(stage: Stage) -> None:
     assert outcome.passed, [check for check in outcome.checks if not check.passed]
 
 
-def wait_for(driver: Driver, seconds: float = 120) -> int:
-    """The exit code of the driver's last start."""
+def until(condition: Callable[[], bool], seconds: float = 150) -> None:
     deadline = time.monotonic() + seconds
-    while not driver.ended():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return driver.exits[-1]
-
-
-def wait_for_work(job: Job, driver: Driver) -> None:
-    """Until a generation has finished."""
-    reader = LedgerReader(job.ledger)
-    deadline = time.monotonic() + 90
-    while not reader.read():
-        assert not driver.ended(), driver.results
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -85,39 +71,32 @@ def rival(job: Job, number: int, *arguments: str) -> Driver:
     return Driver(replace(job, command=(*job.command, *arguments), folder=folder))
 
 
-def assert_whole(stage: Stage, name: str) -> None:
-    checks = judge_records(stage.expected(), stage.records("reference"), stage.records(name))
+def test_of_several_drivers_one_runs_one_is_refused_and_one_that_waits_inherits(
+    stage: Stage,
+) -> None:
+    setting = replace(stage.setting, echo_delay_s=0.6, only="prompts-0.parquet")
+    shared = replace(stage, setting=setting)
+    job = shared.job("rivals")
+    first, second, heir = rival(job, 0), rival(job, 1), rival(job, 2, "--wait")
+    watcher = Watcher(job.ledger)
+    with watcher.watching():
+        for driver in (first, second):
+            driver.start()
+        until(lambda: first.ended() or second.ended())
+        refused, owner = (first, second) if first.exits else (second, first)
+        assert refused.exits == [1]
+        assert "another driver" in str(refused.results)
+        until(lambda: bool(watcher.generations))
+        heir.start()
+        time.sleep(8)  # it is up, and sees that the owner lives
+        assert not heir.ended()
+        assert not owner.ended()
+        owner.kill()
+        until(heir.ended)
+    assert heir.exits == [0], heir.results
+    assert shared.is_marked("rivals")
+    expected, reference = shared.expected(), shared.records("reference")
+    checks = judge_records(expected, reference, shared.records("rivals"))
+    repeats = find_repeats(watcher.generations, watcher.deaths, [], journal_s=JOURNAL_S)
+    checks.append(judge_waste(repeats, watcher.generations))
     assert all(check.passed for check in checks), checks
-    assert stage.is_marked(name)
-
-
-def test_of_two_drivers_started_at_once_one_runs_and_one_is_refused(stage: Stage) -> None:
-    quick = replace(stage, setting=replace(stage.setting, echo_delay_s=0.05))
-    job = quick.job("rivals")
-    drivers = [rival(job, number) for number in range(2)]
-    for driver in drivers:
-        driver.start()
-    assert sorted(wait_for(driver) for driver in drivers) == [0, 1]
-    (refused,) = [driver for driver in drivers if driver.exits == [1]]
-    result = refused.results[0]
-    assert result is not None
-    assert "driver" in result["error"]
-    assert_whole(quick, "rivals")
-    reader = LedgerReader(job.ledger)
-    reader.read()
-    generated = Counter(one.seed for one in reader.generations)
-    assert set(generated.values()) == {1}  # the refused one let no row be paid for twice
-
-
-def test_a_driver_that_waits_takes_over_when_the_first_one_is_killed(stage: Stage) -> None:
-    quick = replace(stage, setting=replace(stage.setting, echo_delay_s=0.1))
-    job = quick.job("heirs")
-    first, second = rival(job, 0), rival(job, 1, "--wait")
-    first.start()
-    wait_for_work(job, first)
-    second.start()
-    time.sleep(8)  # it is up, and sees that the first one lives
-    assert not second.ended()
-    first.kill()
-    assert wait_for(second) == 0, second.results
-    assert_whole(quick, "heirs")

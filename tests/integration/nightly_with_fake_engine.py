@@ -12,11 +12,12 @@ from tests.fakes import EchoEngine
 
 
 def start(_spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
-    """Called on the replica's node; ``fault`` is "", "start" or "die"."""
+    """Called on the replica's node; ``fault`` is "", "start", "die" or "poison"."""
     if fault == "start":
         raise EngineRefusalError("the weights are not there")
-    # every prompt of the test has the token of "S"
-    return EchoEngine(delay_s=delay_s, die_token=ord("S") if fault == "die" else -1)
+    # every prompt of the test has the token of "S", a few have that of "~"
+    killers = {"die": ord("S"), "poison": ord("~")}
+    return EchoEngine(delay_s=delay_s, die_token=killers.get(fault, -1))
 
 
 def main() -> int:

@@ -1,13 +1,9 @@
-"""The nightly job on a real Ray, with a fake engine: accounting, resume, interruption.
+"""The nightly job on a real Ray, with a fake engine: accounting and resume.
 
 The engine is the one thing replaced; tests/integration/test_nightly_job.py has the real one.
 """
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.integration import fake_job
+from tests.integration.fake_job import records
+
 pytestmark = pytest.mark.cluster
 
 ROWS = 230
-RUNNER = [sys.executable, "-m", "tests.integration.nightly_with_fake_engine"]
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-
-
 def nightly(folder: Path, *arguments: str, fault: str = "") -> tuple[int, dict[str, Any], str]:
-    """Exit code, the object on stdout's only line, and stderr."""
-    done = subprocess.run(
-        [*RUNNER, "--config", str(folder / "job.yaml"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**environment(), "FAKE_ENGINE_FAULT": fault},
-        timeout=200,
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 1, (done.stdout, done.stderr)
-    return done.returncode, json.loads(lines[0]), done.stderr
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = ds.dataset(folder / "data").to_table().to_pylist()
-    return rows
+    return fake_job.nightly(folder / "job.yaml", *arguments, FAKE_ENGINE_FAULT=fault)
 
 
 def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
@@ -102,32 +81,6 @@ def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
     assert pq.read_table(out / "data" / lost).drop("latency_s") == shape.drop("latency_s")
     untouched = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
     assert {name for name in before if before[name] != untouched[name]} <= {lost}
-
-
-def test_an_interrupted_run_exits_with_75_and_the_same_command_finishes_it(folder: Path) -> None:
-    out = folder / "interrupted"
-    command = [
-        *(*RUNNER, "--config", str(folder / "job.yaml")),
-        *("--set", f"output.uri={out}", "--set", "engine.replicas=1"),
-    ]
-    slow = {**environment(), "FAKE_ENGINE_DELAY_S": "10"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=slow
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "tok/s" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        stdout, _ = process.communicate(timeout=60)
-    result = json.loads(stdout)
-    assert (process.returncode, result["status"]) == (75, "interrupted")
-    assert not (out / "_SUCCESS").exists()
-    assert json.loads((out / "report.json").read_text())["exit_code"] == 75
-
-    code, result, stderr = nightly(folder, "--set", f"output.uri={out}")
-    assert (code, result["rows"]["total"]) == (0, ROWS), stderr
-    assert len(records(out)) == ROWS
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_part_of_another_run_gives_way(tmp_path: Path) -> None:
 def test_a_committed_shard_is_known_to_its_own_run_only(tmp_path: Path) -> None:
     to = Destination(f"file://{tmp_path}", RUN, "m")
     assert committed_stats(to, SHARD) is None
-    stats = commit_outcomes(to, SHARD, OUTCOMES, pa.table({"l": range(3)}), 1.0)
+    stats = commit_outcomes(to, SHARD, OUTCOMES, pa.table({"l": range(3)}))
     assert committed_stats(to, SHARD) == stats
     assert committed_stats(replace(to, run_id="run-2"), SHARD) is None
 

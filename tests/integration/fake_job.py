@@ -1,0 +1,92 @@
+"""Runs of ``jobs.nightly`` with the echo engine, each in a process and a Ray of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+
+RUNNER = [sys.executable, "-m", "tests.integration.nightly_with_fake_engine"]
+Outcome = tuple[int, dict[str, Any], str]
+"""Exit code, the object on stdout's only line, and stderr."""
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **variables}
+
+
+def nightly(config: Path, *arguments: str, **variables: str) -> Outcome:
+    """Run the job to its end."""
+    done = subprocess.run(
+        [*RUNNER, "--config", str(config), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(**variables),
+        timeout=200,
+    )
+    return done.returncode, _result(done.stdout, done.stderr), done.stderr
+
+
+class RunningJob:
+    """A job that was started and can be sent signals."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def wait_for(self, text: str) -> None:
+        """Until the job's log has ``text``."""
+        self._wait(lambda: text in self.log.read_text())
+
+    def wait_for_files(self, folder: Path, pattern: str) -> None:
+        """Until the folder has such a file."""
+        self._wait(lambda: any(folder.glob(pattern)))
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+
+    def end(self, timeout_s: float = 100) -> Outcome:
+        """Wait for the job's end."""
+        stdout, _ = self.process.communicate(timeout=timeout_s)
+        text = self.log.read_text()
+        return self.process.returncode, _result(stdout, text), text
+
+
+@contextmanager
+def started(config: Path, log: Path, *arguments: str, **variables: str) -> Iterator[RunningJob]:
+    """Start the job; it is killed at the end if it still runs."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [*RUNNER, "--config", str(config), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment(**variables),
+        ) as process,
+    ):
+        try:
+            yield RunningJob(process, log)
+        finally:
+            process.kill()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """All records of a run folder."""
+    rows: list[dict[str, Any]] = ds.dataset(run / "data").to_table().to_pylist()
+    return rows
+
+
+def _result(stdout: str, stderr: str) -> dict[str, Any]:
+    lines = stdout.splitlines()
+    assert len(lines) == 1, (stdout, stderr)
+    result: dict[str, Any] = json.loads(lines[0])
+    return result

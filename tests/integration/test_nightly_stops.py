@@ -1,0 +1,203 @@
+"""The nightly job is stopped, or stops itself: nothing finished is lost or made twice.
+
+On a real Ray, with the echo engine. That a record was not made again shows in its latency, which no
+second generation would repeat.
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.integration.fake_job import nightly, records, started
+
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
+
+ROWS = 400
+SLOWLY = {"FAKE_ENGINE_DELAY_S": "0.5"}
+"""Ten requests at a time: 400 rows take 20 s."""
+Records = dict[tuple[int, int], dict[str, Any]]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    prompts = [f"Say {number}." for number in range(ROWS)]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "a.parquet")
+    document = {
+        "input": {"uri": str(tmp_path / "in")},
+        "output": {"uri": str(tmp_path / "out")},
+        "engine": {"profile": "mini-maverick-tp1", "overrides": {"max_num_seqs": 8}},
+        "limits": {"shard_rows": 100, "journal_s": 0.5},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(document))
+    return tmp_path / "job.yaml"
+
+
+def by_key(rows: list[dict[str, Any]]) -> Records:
+    found = {(row["input_row"], row["sample_index"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def kept(out: Path) -> Records:
+    """What an interrupted run has on disk: committed parts and journals."""
+    paths = [*out.glob("data/*.parquet"), *out.glob("_journal/*/*.parquet")]
+    return by_key([row for path in paths for row in pq.read_table(path).to_pylist()])
+
+
+def assert_not_made_again(before: Records, after: Records) -> None:
+    assert before
+    assert {key: after[key]["latency_s"] for key in before} == {
+        key: row["latency_s"] for key, row in before.items()
+    }
+
+
+def test_sigterm_keeps_what_is_finished_and_the_same_command_makes_the_rest(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with started(config, tmp_path / "log", **SLOWLY) as job:
+        job.wait_for_files(out, "_journal/*/*.parquet")
+        asked = time.monotonic()
+        job.process.send_signal(signal.SIGTERM)
+        code, result, log = job.end()
+    assert (code, result["status"]) == (75, "interrupted"), log
+    assert time.monotonic() - asked < 30
+    assert "keeping what is finished" in log
+    assert not (out / "_SUCCESS").exists()
+    assert json.loads((out / "report.json").read_text())["exit_code"] == 75
+    assert list(out.glob("_journal/*/*.parquet"))
+    before = kept(out)
+
+    code, result, log = nightly(config)
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
+    after = by_key(records(out))
+    assert len(after) == ROWS
+    assert_not_made_again(before, after)
+    assert not list(out.glob("_journal/*/*.parquet"))
+
+
+def test_a_second_signal_ends_the_job_at_once(config: Path, tmp_path: Path) -> None:
+    with started(config, tmp_path / "log", FAKE_ENGINE_DELAY_S="20") as job:
+        job.wait_for("rows 0/400")
+        time.sleep(3)
+        job.process.send_signal(signal.SIGINT)
+        job.wait_for("keeping what is finished")
+        asked = time.monotonic()
+        job.process.send_signal(signal.SIGINT)
+        code, result, log = job.end()
+    assert time.monotonic() - asked < 3
+    assert (code, result["status"]) == (75, "interrupted"), log
+    assert "at once" in result["error"]
+
+
+def test_a_killed_driver_costs_no_more_than_its_last_journal_interval(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with started(config, tmp_path / "log", **SLOWLY) as job:
+        job.wait_for_files(out, "_journal/*/*.parquet")
+        job.process.kill()
+        job.process.wait()
+    time.sleep(2)  # its replicas end with it
+    before = kept(out)
+    code, result, log = nightly(config)
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
+    assert json.loads((out / "_lease.json").read_text())["taken_over_from"]
+    after = by_key(records(out))
+    assert len(after) == ROWS
+    assert_not_made_again(before, after)
+
+
+def test_a_running_job_ends_at_its_deadline(config: Path, tmp_path: Path) -> None:
+    more = ("--set", "limits.deadline=20s", "--set", "engine.overrides={max_num_seqs: 1}")
+    code, result, log = nightly(config, *more, FAKE_ENGINE_DELAY_S="1")
+    assert (code, result["status"]) == (75, "complete"), log
+    assert result["rows"]["succeeded"] + result["rows"]["expired"] == ROWS
+    assert len(by_key(records(tmp_path / "out"))) == ROWS
+    assert result["seconds"] < 90
+
+
+def test_at_the_deadline_the_rest_expires_and_can_be_reopened(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(config, tmp_path / "log", **SLOWLY) as job:
+        job.wait_for_files(out, "_journal/*/*.parquet")
+        job.process.send_signal(signal.SIGTERM)
+        job.end()
+    code, result, log = nightly(config, "--set", "limits.deadline=1s")
+    assert (code, result["status"]) == (75, "complete"), log
+    assert result["rows"]["succeeded"] + result["rows"]["expired"] == ROWS
+    assert 0 < result["rows"]["expired"] < ROWS
+    assert (out / "_SUCCESS").exists()
+    first = by_key(records(out))
+    assert len(first) == ROWS
+    expired = [row for row in first.values() if row["status"] == "expired"]
+    assert {row["error_code"] for row in expired} == {"batch_expired"}
+    assert all(row["seed"] for row in expired)
+
+    code, again, _ = nightly(config)
+    assert (code, again["generated_rows"], again["rows"]) == (0, 0, result["rows"])
+
+    code, result, log = nightly(config, "--retry", "expired")
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
+    assert (out / "_SUCCESS").exists()
+    before = {key: row for key, row in first.items() if row["status"] == "succeeded"}
+    assert_not_made_again(before, by_key(records(out)))
+    assert {key: row["seed"] for key, row in by_key(records(out)).items()} == {
+        key: row["seed"] for key, row in first.items()
+    }
+
+
+def test_a_row_that_kills_the_engine_is_one_errored_record(config: Path, tmp_path: Path) -> None:
+    prompts = [f"Say {number}{'~' if number == 123 else '.'}" for number in range(ROWS)]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "a.parquet")
+    code, result, log = nightly(config, FAKE_ENGINE_FAULT="poison")
+    assert (code, result["rows"]["succeeded"], result["rows"]["errored"]) == (0, ROWS - 1, 1), log
+    after = by_key(records(tmp_path / "out"))
+    assert after[123, 0]["error_code"] == "engine_fatal"
+    assert len(after) == ROWS
+
+    code, result, log = nightly(config, "--retry", "engine_fatal")
+    assert (code, result["rows"]["succeeded"], result["generated_rows"]) == (0, ROWS, 1), log
+    after.pop((123, 0))
+    assert_not_made_again(after, by_key(records(tmp_path / "out")))
+
+
+def test_too_many_errors_stop_the_run_early(config: Path, tmp_path: Path) -> None:
+    prompts = [None if number % 3 else f"Say {number}." for number in range(10 * ROWS)]
+    pq.write_table(
+        pa.table({"prompt": pa.array(prompts, pa.string())}), tmp_path / "in" / "a.parquet"
+    )
+    limits = ("--set", "limits.error_rate_min_rows=100")
+    code, result, log = nightly(config, *limits, **SLOWLY)
+    assert (code, result["status"]) == (3, "over_error_rate"), log
+    assert "stopped early" in result["error"]
+    assert sum(result["rows"].values()) < 2 * result["rows"]["total"]
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+    code, result, log = nightly(config, "--set", "limits.max_error_rate=1")
+    assert (code, result["rows"]["total"]) == (0, 10 * ROWS), log
+    assert len(by_key(records(tmp_path / "out"))) == 10 * ROWS
+
+
+def test_an_output_that_cannot_be_written_is_an_error_that_can_be_mended(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "data").write_text("in the way")
+    code, result, log = nightly(config)
+    assert (code, result["status"]) == (1, "failed"), log
+    assert f"file://{out}/data/part-" in result["error"]
+    assert "Not a directory" in result["error"]
+    assert "\n" not in result["error"]
+    (out / "data").unlink()
+    code, result, log = nightly(config)
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log

@@ -47,6 +47,8 @@ _PULSE_S = 1.0
 _ANSWER_S = 5.0
 _LAST_WORDS_S = 10.0
 """What the other shards of a replica that cannot go on get to write their journals."""
+_TEARDOWN_S = 60.0
+"""From the end of a flow: an engine takes 5-10 s to stop."""
 _EXIT_BROKEN = 1
 
 
@@ -86,6 +88,7 @@ class ReplicaActor:
         """Ray Data drops its actors at the end of a flow; the engine's processes end here."""
         replica = getattr(self, "_replica", None)
         if replica is not None:
+            _exit_soon()
             self._heart.stop()
             replica.shutdown()
 
@@ -144,6 +147,14 @@ class ReplicaActor:
         self._open.wait_for_others(_LAST_WORDS_S)
         self._heart.last_beat(str(error))
         os._exit(_EXIT_BROKEN)
+
+
+def _exit_soon() -> None:
+    """The process ends after this, one way or another: a library that hangs at its end must not
+    keep the place, and the memory, that another replica needs."""
+    timer = threading.Timer(_TEARDOWN_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _keys(items: Sequence[Prepared | Failure]) -> frozenset[SampleKey]:

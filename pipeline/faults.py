@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 120.0
 """How long one operation is tried: twice what a store that restarts needs."""
-_BACKOFF = wait_random_exponential(multiplier=0.4, min=0.1, max=10)  # seconds, full jitter
+_BACKOFF = wait_random_exponential(multiplier=0.4, min=0.1, max=5)  # seconds, full jitter
 
 _TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 529, 598, 599})
 _TRANSIENT_CODES = frozenset(

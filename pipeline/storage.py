@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import ConnectionError as NobodyThereError
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol, glob_translate
@@ -47,6 +47,7 @@ _READ_AHEAD = 4 * 2**20
 _READ_TIMEOUT_S = 30
 """Between two pieces of an answer."""
 _CONNECTIONS = 64
+_PROBE_S = 4.0
 # A first look before anything starts: a wrong endpoint or bucket must be told in seconds.
 _S3_PROBE: dict[str, Any] = {
     "config_kwargs": {
@@ -90,26 +91,44 @@ def check_reachable(uri: str) -> None:
         InputError: unknown scheme, missing driver, no such bucket, wrong keys, or no answer.
     """
     protocol = get_protocol(uri)
-    is_s3 = protocol in _S3_PROTOCOLS
     if protocol not in ("file", "local") and not uri.partition("://")[2].strip("/"):
         raise InputError(f"{uri}: names no bucket; write it as {protocol}://bucket/folder.")
     try:
-        fs, path = url_to_fs(uri, skip_instance_cache=is_s3, **(_S3_PROBE if is_s3 else {}))
-        bucket = path.lstrip("/").split("/", 1)[0]
-        if is_s3:
-            fs.retries = 1
-            fs.call_s3("head_bucket", Bucket=bucket)
-        elif not isinstance(fs, LocalFileSystem) and not fs.exists(bucket):
-            raise InputError(f"{uri}: there is no bucket {bucket!r}.")
+        with patience(_PROBE_S):
+            retrying(functools.partial(_probe, uri, protocol), what=f"look at {uri}")
     except FileNotFoundError:
-        raise InputError(f"{uri}: there is no bucket {bucket!r}.") from None
+        raise InputError(f"{uri}: there is no bucket {_bucket(uri)!r}.") from None
     except PermissionError:
         raise InputError(
-            f"{uri}: access to bucket {bucket!r} is denied; check AWS_ACCESS_KEY_ID and "
+            f"{uri}: access to bucket {_bucket(uri)!r} is denied; check AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY."
         ) from None
-    except (OSError, ValueError, ImportError, BotoCoreError) as error:
+    except (StorageError, ImportError) as error:
+        raise InputError(
+            f"{uri}: the bucket cannot be reached: {error.__cause__ or error}"
+        ) from None
+    except faults.driver_errors() as error:
         raise InputError(f"{uri}: the bucket cannot be reached: {error}") from None
+
+
+def _probe(uri: str, protocol: str) -> None:
+    """One quick look at the bucket. A bad moment of the store is told from a wrong name."""
+    is_s3 = protocol in _S3_PROTOCOLS
+    fs, path = url_to_fs(uri, skip_instance_cache=is_s3, **(_S3_PROBE if is_s3 else {}))
+    try:
+        if is_s3:
+            fs.retries = 1
+            fs.call_s3("head_bucket", Bucket=_bucket(uri))
+        elif not isinstance(fs, LocalFileSystem) and not fs.exists(path.lstrip("/").split("/")[0]):
+            raise FileNotFoundError(uri)
+    except faults.driver_errors() as error:
+        if faults.is_transient(error) and not isinstance(error, NobodyThereError):
+            raise StorageUnavailableError(f"cannot look at {uri}") from error
+        raise
+
+
+def _bucket(uri: str) -> str:
+    return uri.partition("://")[2].lstrip("/").split("/", 1)[0]
 
 
 def check_folder(uri: str) -> None:

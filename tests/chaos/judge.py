@@ -20,7 +20,7 @@ from typing import Any
 from tests.chaos.ledger import Generation
 
 SLACK_S = 2.0
-BACKOFF_S = 10.0
+BACKOFF_S = 5.0
 """Longest wait between two tries of a write (``pipeline.faults``): an outage ends that much later
 for whoever was trying."""
 WASTE_LIMIT = 0.01

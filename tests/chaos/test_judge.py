@@ -152,7 +152,7 @@ def test_a_repeat_without_a_death_is_not_excused() -> None:
 @pytest.mark.parametrize(
     ("first", "outage", "excused"),
     [
-        (87.0, (88.0, 98.0), True),  # away from 88 to 98, and 10 s until the next try
+        (87.0, (88.0, 100.0), True),  # away from 88 to 100, and 5 s until the next try
         (78.0, (88.0, 98.0), False),
         (101.0, (102.0, 108.0), True),
         (94.0, (102.0, 108.0), False),

@@ -48,7 +48,7 @@ _LEFT_OVER_S = 30.0
 class Fire:
     """How hard."""
 
-    pause_s: tuple[float, float] = (2.0, 15.0)
+    pause_s: tuple[float, float] = (1.5, 8.0)
     """From progress to the next kill."""
     outage_s: float = 10.0
     """How long the S3 server is away."""

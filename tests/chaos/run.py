@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--profile", default="mini-maverick")
     parser.add_argument("--replicas", type=int, default=1)
-    parser.add_argument("--sequences", type=int, default=2, help="max_num_seqs: fewer is slower")
+    parser.add_argument("--sequences", type=int, default=1, help="max_num_seqs: fewer is slower")
     parser.add_argument("--shard-rows", type=int, default=64)
     parser.add_argument("--faults", type=float, default=0.05, help="share of S3 requests")
     parser.add_argument("--journal-s", type=float, default=5.0, help="as in the job's limits")

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotReadyError
 from contextlib import contextmanager
@@ -43,6 +43,7 @@ from pipeline.errors import (
     ConfigError,
     LeaseLostError,
     PipelineError,
+    StorageError,
 )
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
@@ -373,7 +374,7 @@ def _finish(
     )
     if lease is not None:
         lease.confirm()
-        write_report(result, job.run.manifest, parts)
+        write_report(result, job.run.manifest)
         clear_journals(job.run.uri)
         job.run.mark_success()
     return result
@@ -388,22 +389,37 @@ def _broken(
 ) -> Result:
     """The result of a run that stopped half-way, with what the output folder holds by now."""
     known = {stats.shard: stats for stats in [*earlier.stats(_TOTALS_S), *generated]}
-    committed = committed_shards(job.run.uri, job.run.plan)
-    unknown = committed - set(known) - job.run.done
-    parts = [*known.values(), *read_stats(job.run.uri, sorted(unknown))]
-    unread = len(committed - {stats.shard for stats in parts})
     result = Result(
         status=status,
         run=job.run.uri,
         rows_total=job.run.plan.rows,
-        totals=total(parts),
+        totals=total(known.values()),
         seconds=job.seconds,
-        generated_rows=_rows_of([part for part in parts if part.shard not in job.run.done]),
+        generated_rows=_rows_of(generated),
         error=error,
+    )
+    try:
+        with storage.patience(_TOTALS_S):
+            result = _with_all_parts(job, result, known)
+            write_report(result, job.run.manifest)
+    except StorageError as failure:  # perhaps what stopped the run; that is what is told
+        log.warning("no report could be written: %s", failure)
+    return result
+
+
+def _with_all_parts(job: Job, result: Result, known: Mapping[int, PartStats]) -> Result:
+    """The result with parts whose stats did not reach this driver, as far as they can be read."""
+    committed = committed_shards(job.run.uri, job.run.plan)
+    unknown = committed - set(known) - job.run.done
+    late = read_stats(job.run.uri, sorted(unknown))
+    parts = [*known.values(), *late]
+    unread = len(committed) - len(parts)
+    return replace(
+        result,
+        totals=total(parts),
+        generated_rows=result.generated_rows + _rows_of(late),
         details={"parts_not_counted": unread} if unread else {},
     )
-    write_report(result, job.run.manifest, parts)
-    return result
 
 
 class _Earlier:

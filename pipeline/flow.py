@@ -136,8 +136,9 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
     options = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when a start times out
+        what = f"use the Ray cluster at {address}" if address else "start Ray on this machine"
+        raise CapacityError(f"cannot {what}: {error}") from error
     try:
         yield
     finally:

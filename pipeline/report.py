@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -55,6 +55,7 @@ class Totals:
     errors: Mapping[str, int]
     finish_reasons: Mapping[str, int]
     lengths: Mapping[str, int]
+    parts: int
 
     @property
     def ended(self) -> int:
@@ -109,15 +110,16 @@ def total(parts: Iterable[PartStats]) -> Totals:
     errors: Counter[str] = Counter()
     finish_reasons: Counter[str] = Counter()
     lengths: Counter[str] = Counter()
-    records = 0
+    records = count = 0
     for part in parts:
+        count += 1
         rows.update(part.rows)
         tokens.update(part.tokens)
         errors.update(part.errors)
         finish_reasons.update(part.finish_reasons)
         lengths.update(part.lengths)
         records += part.records
-    return Totals(dict(rows), records, dict(tokens), errors, finish_reasons, lengths)
+    return Totals(dict(rows), records, dict(tokens), errors, finish_reasons, lengths, count)
 
 
 def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
@@ -133,7 +135,7 @@ def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
     return RunStatus.OVER_ERROR_RATE if over else RunStatus.COMPLETE
 
 
-def write_report(result: Result, manifest: Mapping[str, Any], parts: Sequence[PartStats]) -> None:
+def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
     """Put ``report.json`` and ``report.html`` into the run folder."""
     assert result.run is not None
     document = {
@@ -143,7 +145,7 @@ def write_report(result: Result, manifest: Mapping[str, Any], parts: Sequence[Pa
         "errors": dict(result.totals.errors),
         "finish_reasons": dict(result.totals.finish_reasons),
         "completion_lengths": _length_buckets(result.totals.lengths),
-        "parts": len(parts),
+        "parts": result.totals.parts,
     }
     data = (json.dumps(document, indent=2) + "\n").encode()
     storage.put_bytes(storage.join(result.run, "report.json"), data)

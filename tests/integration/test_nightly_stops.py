@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -114,6 +115,38 @@ def test_a_killed_driver_costs_no_more_than_its_last_journal_interval(
     after = by_key(records(out))
     assert len(after) == ROWS
     assert_not_made_again(before, after)
+
+
+def test_a_replica_whose_process_hangs_is_replaced(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with started(config, tmp_path / "log", "--set", "limits.stall_s=6", **SLOWLY) as job:
+        job.wait_for_files(out, "_journal/*/*.parquet")
+        below = psutil.Process(job.process.pid).children(recursive=True)
+        (hung,) = [process for process in below if "ReplicaActor" in " ".join(process.cmdline())]
+        hung.suspend()
+        code, result, log = job.end()
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
+    assert "a replica was silent" in log
+    assert "restarts 1" in log
+    assert len(by_key(records(out))) == ROWS
+
+
+def test_a_driver_that_was_paused_too_long_is_relieved_and_does_no_harm(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with started(config, tmp_path / "log", **SLOWLY) as job:
+        job.wait_for_files(out, "_journal/*/*.parquet")
+        job.process.send_signal(signal.SIGSTOP)
+        code, result, log = nightly(config)
+        job.process.send_signal(signal.SIGCONT)
+        late_code, late, _ = job.end()
+    assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
+    assert result["generated_rows"] < ROWS  # the paused one's replicas kept what they had
+    assert (late_code, late["status"]) == (1, "failed")
+    assert "was taken over by another driver" in late["error"]
+    assert len(by_key(records(out))) == ROWS
+    assert json.loads((out / "report.json").read_text())["exit_code"] == 0
 
 
 def test_a_running_job_ends_at_its_deadline(config: Path, tmp_path: Path) -> None:

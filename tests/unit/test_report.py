@@ -92,7 +92,7 @@ def test_the_result_has_the_contracts_keys() -> None:
 
 
 def test_the_reports_hold_the_totals_and_escape_what_users_wrote(tmp_path: Path) -> None:
-    write_report(result(f"file://{tmp_path}"), MANIFEST, PARTS)
+    write_report(result(f"file://{tmp_path}"), MANIFEST)
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["rows"]["succeeded"] == 9
     assert document["exit_code"] == 0

@@ -129,6 +129,7 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
 
     Raises:
         CapacityError: the cluster cannot be reached.
+        EngineError: Ray does not start here; the machine may be too busy.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -136,9 +137,10 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
     options = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
-    except Exception as error:  # noqa: BLE001 - Ray raises a bare Exception when a start times out
-        what = f"use the Ray cluster at {address}" if address else "start Ray on this machine"
-        raise CapacityError(f"cannot {what}: {error}") from error
+    except Exception as error:  # Ray raises a bare Exception when a start times out
+        if address is None:
+            raise EngineError(f"Ray could not be started on this machine: {error}") from error
+        raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class ReplicaActor:
         self._heart = _Heart(roster, self._open)
         self._replica = Replica(partial(spec.start_engine, spec.engine), spec.limits)
         self._heart.attach(self._replica)
+        # Ray Data drops its actors at the end of a flow, or their processes just exit. Not __del__:
+        # in an interpreter that is finalizing, it would wait for threads that never run again.
+        weakref.finalize(self, _end, self._heart, self._replica)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Complete and commit one shard; called from several threads at a time.
@@ -83,14 +87,6 @@ class ReplicaActor:
         shard = block_shard(block)
         stats = None if self._replica.draining else self._run(shard, block)
         return pa.table({"stats": pa.array([stats.to_json()] if stats else [], pa.string())})
-
-    def __del__(self) -> None:
-        """Ray Data drops its actors at the end of a flow; the engine's processes end here."""
-        replica = getattr(self, "_replica", None)
-        if replica is not None:
-            _exit_soon()
-            self._heart.stop()
-            replica.shutdown()
 
     def _run(self, shard: Shard, block: pa.Table) -> PartStats | None:
         """The shard's stats once it is committed; None if a drain left it open."""
@@ -149,12 +145,14 @@ class ReplicaActor:
         os._exit(_EXIT_BROKEN)
 
 
-def _exit_soon() -> None:
-    """The process ends after this, one way or another: a library that hangs at its end must not
-    keep the place, and the memory, that another replica needs."""
+def _end(heart: _Heart, replica: Replica) -> None:
+    """The engine's processes end, and soon after this one, come what may: a library that hangs at
+    its end must not keep the place, and the memory, that another replica needs."""
     timer = threading.Timer(_TEARDOWN_S, os._exit, (0,))
     timer.daemon = True
     timer.start()
+    heart.stop()
+    replica.shutdown()
 
 
 def _keys(items: Sequence[Prepared | Failure]) -> frozenset[SampleKey]:

@@ -274,10 +274,12 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
         run = job.open_run()  # another driver may have gone on with it meanwhile
         job = replace(job, run=run)
         if job.retry or not run.complete:
-            run.start()
+            run.start(lease.confirm)
         if job.retry:
             done = [shard for shard in run.plan.shards if shard.index in run.done]
-            log.info("%d records are to be done again", reopen(job.to, done, job.retry))
+            log.info(
+                "%d records are to be done again", reopen(job.to, done, job.retry, lease.confirm)
+            )
             left = frozenset(committed_shards(run.uri, run.plan))
             job = replace(job, run=replace(run, done=left, finished=False))
         yield job, lease

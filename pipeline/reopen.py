@@ -40,8 +40,15 @@ def parse_retry(text: str) -> frozenset[str]:
     return words
 
 
-def reopen(to: Destination, shards: Iterable[Shard], what: Collection[str]) -> int:
+def reopen(
+    to: Destination,
+    shards: Iterable[Shard],
+    what: Collection[str],
+    confirm: Callable[[], None] = lambda: None,
+) -> int:
     """Reopen the records of ``shards``' parts whose status or error code is in ``what``.
+
+    ``confirm`` is called before each part is deleted, and raises if the run is another driver's.
 
     Returns:
         How many records there are to do again.
@@ -53,7 +60,7 @@ def reopen(to: Destination, shards: Iterable[Shard], what: Collection[str]) -> i
     touched = [stats for stats in read_stats(to.output_uri, by_index) if _has_any(stats, what)]
     with ThreadPoolExecutor(_THREADS) as pool:
         counts = pool.map(
-            lambda stats: _reopen_part(to, by_index[stats.shard], _matching(what)), touched
+            lambda stats: _reopen_part(to, by_index[stats.shard], _matching(what), confirm), touched
         )
         return sum(counts)
 
@@ -69,10 +76,17 @@ def _matching(what: Collection[str]) -> Callable[[Outcome], bool]:
     return matches
 
 
-def _reopen_part(to: Destination, shard: Shard, matches: Callable[[Outcome], bool]) -> int:
+def _reopen_part(
+    to: Destination,
+    shard: Shard,
+    matches: Callable[[Outcome], bool],
+    confirm: Callable[[], None],
+) -> int:
     uri = part_uri(to.output_uri, shard.index)
     records = read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
     kept = [record for record in records if not matches(record)]
+    confirm()
     Journal(to, shard).replace(kept)
+    confirm()
     storage.delete(uri)
     return len(records) - len(kept)

@@ -19,7 +19,7 @@ import logging
 import platform
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
 """What a resumed run may be told to go on with: rows already done stay as they are."""
+_DELETED_AT_A_TIME = 100
+"""Parts of a discarded run between two looks at the lease."""
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
 _SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
@@ -94,21 +96,23 @@ class Run:
         column = self.manifest["config"]["input"]["columns"].get("custom_id", "custom_id")
         return find_duplicates(self.plan.files, column)
 
-    def start(self) -> None:
+    def start(self, confirm: Callable[[], None] = lambda: None) -> None:
         """Discard what the run replaces; write plan, duplicates and manifest of a new run.
 
         An outdated end marker goes first, the manifest comes last: a start that is cut short
-        leaves a folder that says so.
+        leaves a folder that says so. ``confirm`` is called before each change and raises if the
+        run is another driver's by then: this one may have been paused at any moment.
 
         Raises:
             StorageError: an object cannot be read, written or deleted.
         """
+        confirm()
         if self.finished or not self.exists:
             storage.delete(self._file("_SUCCESS"))
         if self.replaces:
-            _discard(self.uri)
+            _discard(self.uri, confirm)
         if not self.exists:
-            self._write_new()
+            self._write_new(confirm)
         elif self.accepted:
             storage.put_bytes(self._file("run.json"), _to_bytes(self.manifest))
 
@@ -116,12 +120,14 @@ class Run:
         """Write ``_SUCCESS``, the last object of the run."""
         storage.put_bytes(self._file("_SUCCESS"), b"")
 
-    def _write_new(self) -> None:
-        storage.put_bytes(self._file("_plan.json"), self.plan.to_json().encode())
+    def _write_new(self, confirm: Callable[[], None]) -> None:
         repeating = len(self.duplicates)
+        confirm()
+        storage.put_bytes(self._file("_plan.json"), self.plan.to_json().encode())
         if repeating:
             log.warning("%d rows repeat a custom_id; they end as errored", repeating)
             storage.put_bytes(self._file("_duplicates.parquet"), self.duplicates.to_parquet())
+        confirm()
         counted = {**self.manifest["input"], "duplicates": repeating}
         storage.put_bytes(self._file("run.json"), _to_bytes({**self.manifest, "input": counted}))
 
@@ -348,7 +354,7 @@ def _check_leftovers(uri: str, *, new_run: bool) -> None:
         )
 
 
-def _discard(uri: str) -> None:
+def _discard(uri: str, confirm: Callable[[], None]) -> None:
     """Delete a run's objects, by the names this program gives; whatever else is there stays.
 
     The manifest goes before what it describes: from then on the folder is refused until another
@@ -358,8 +364,12 @@ def _discard(uri: str) -> None:
     data = storage.list_files(storage.join(uri, "data"), suffixes=(".parquet",))
     parts = [entry.uri for entry in data if part_number(entry.uri) is not None]
     journal = [entry.uri for entry in storage.list_files(storage.join(uri, "_journal"))]
-    storage.delete_all([*parts, *journal])
+    doomed = [*parts, *journal]
+    for first in range(0, len(doomed), _DELETED_AT_A_TIME):
+        confirm()
+        storage.delete_all(doomed[first : first + _DELETED_AT_A_TIME])
     for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
+        confirm()
         storage.delete(storage.join(uri, name))
 
 

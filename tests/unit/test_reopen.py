@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.commit import Destination, commit_outcomes, committed_shards
-from pipeline.errors import ConfigError, ErrorCode
+from pipeline.errors import ConfigError, ErrorCode, LeaseLostError
 from pipeline.journal import Journal
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.records import Completion, Failure, Outcome, SampleKey, Status
@@ -90,6 +90,15 @@ def test_reopening_again_after_a_crash_in_between_gives_the_same(to: Destination
     Journal(to, first).replace([completion(0)])  # died before the part was deleted
     reopen(to, PLAN.shards, {"timeout"})
     assert len(journaled(to, first)) == first.rows
+
+
+def test_a_driver_that_was_relieved_deletes_no_part(to: Destination) -> None:
+    def relieved() -> None:
+        raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        reopen(to, PLAN.shards, {"errored"}, relieved)
+    assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in PLAN.shards}
 
 
 @pytest.mark.parametrize("words", ["", "failed", "succeeded", "errored,nonsense"])

@@ -69,7 +69,7 @@ class LimitsSection(_Section):
     """Seconds one request may take inside the engine; null = any."""
     stall_s: Annotated[float, Field(ge=1)] = 300
     """Seconds without progress of a busy engine, or a sign of its process, before a restart."""
-    drain_s: Annotated[float, Field(ge=1)] = 30
+    drain_s: Annotated[float, Field(ge=10)] = 30
     """Seconds from SIGTERM to the exit: rows in the engine may finish, finished ones are kept."""
     journal_s: Annotated[float, Field(gt=0)] = 5
     """Seconds a finished row of an open shard may wait to be written: what a crash costs."""

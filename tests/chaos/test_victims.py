@@ -95,12 +95,12 @@ def test_each_kind_is_found_and_killed_alone(
 
     victims.kill(worker.process)
     assert until(lambda: not victims.engine_processes(state, victims.WORKER))
-    assert victims.replicas(state) == [replica]
+    assert [one.process for one in victims.replicas(state)] == [replica.process]
 
     victims.kill(replica.process)
     assert until(lambda: not victims.replicas(state))
     assert driver.poll() is None
-    assert victims.raylets(state) == [raylet]
+    assert [one.process for one in victims.raylets(state)] == [raylet.process]
     with contextlib.suppress(psutil.NoSuchProcess):  # Ray may have ended it with its parent
         assert victims.owned_engines(state, victims.ENGINE_CORE) == []
 

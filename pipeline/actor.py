@@ -35,6 +35,7 @@ from pipeline.records import (
     Outcome,
     Prepared,
     SampleKey,
+    Status,
     block_shard,
     carried_columns,
     read_prepared,
@@ -204,9 +205,8 @@ class _OpenShards:
 
 
 def _tally(outcome: Outcome) -> Tally:
-    if isinstance(outcome, Completion):
-        return Tally(int(outcome.sample_index == 0), 0, outcome.completion_tokens)
-    return Tally(int(outcome.sample_index == 0), 1, 0)
+    tokens = outcome.completion_tokens if isinstance(outcome, Completion) else 0
+    return Tally(int(outcome.sample_index == 0), int(outcome.status is Status.ERRORED), tokens)
 
 
 class _Heart:

@@ -85,7 +85,7 @@ def summarize(
 ) -> PartStats:
     """The stats of a part that holds ``outcomes``."""
     completed = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
-    failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    codes = [str(outcome.code) for outcome in outcomes if outcome.code is not None]
     rows = _count_rows(outcomes)
     return PartStats(
         shard=shard,
@@ -97,7 +97,7 @@ def summarize(
             "cached": sum(outcome.cached_tokens for outcome in completed),
             "image": sum(outcome.image_tokens for outcome in outcomes),
         },
-        errors=dict(Counter(str(failure.code) for failure in failed)),
+        errors=dict(Counter(codes)),
         finish_reasons=dict(Counter(outcome.finish_reason for outcome in completed)),
         lengths=dict(Counter(str(o.completion_tokens.bit_length()) for o in completed)),
         seconds=round(seconds, 3),

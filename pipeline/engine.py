@@ -7,8 +7,9 @@ and run with vLLM 0.32; its API is used through ``AsyncLLM`` and ``SamplingParam
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,12 +18,16 @@ import psutil
 
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.profile import locate_model
+from pipeline.records import TokenLogprob, TopLogprob
 from pipeline.sampling import Sampling
+from pipeline.structured import Structure, StructureKind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from vllm import SamplingParams
+    from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
+    from vllm.sampling_params import StructuredOutputsParams
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -52,6 +57,8 @@ class EngineOutput:
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One per token of the completion, if asked for."""
 
 
 class Engine(Protocol):
@@ -109,7 +116,7 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
-            return _output(await self._final(request))
+            return _output(await self._final(request), request.sampling.logprobs)
         except EngineDeadError as error:
             raise EngineError(f"the engine died: {error.__cause__ or error}") from error
         except EngineGenerateError as error:  # this request's own: the engine goes on
@@ -230,11 +237,32 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         max_tokens=sampling.max_completion_tokens,
         stop=list(sampling.stop),
         seed=seed,
+        logit_bias=dict(sampling.logit_bias) or None,
+        logprobs=sampling.logprobs,
+        structured_outputs=_structured_outputs(sampling.structure),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _output(result: RequestOutput) -> EngineOutput:
+def _structured_outputs(structure: Structure | None) -> StructuredOutputsParams | None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if structure is None:
+        return None
+    match structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return StructuredOutputsParams(json=structure.spec)
+        case StructureKind.JSON_OBJECT:
+            return StructuredOutputsParams(json_object=True)
+        case StructureKind.REGEX:
+            return StructuredOutputsParams(regex=structure.spec)
+        case StructureKind.CHOICE:
+            return StructuredOutputsParams(choice=json.loads(structure.spec))
+        case StructureKind.GRAMMAR:
+            return StructuredOutputsParams(grammar=structure.spec)
+
+
+def _output(result: RequestOutput, top_logprobs: int | None) -> EngineOutput:
     sample = result.outputs[0]
     return EngineOutput(
         text=sample.text,
@@ -242,4 +270,24 @@ def _output(result: RequestOutput) -> EngineOutput:
         prompt_tokens=len(result.prompt_token_ids or ()),
         completion_tokens=len(sample.token_ids),
         cached_tokens=result.num_cached_tokens or 0,
+        logprobs=_logprobs(sample.token_ids, sample.logprobs, top_logprobs),
     )
+
+
+def _logprobs(
+    token_ids: Sequence[int], found: Sequence[Mapping[int, Logprob]] | None, top: int | None
+) -> tuple[TokenLogprob, ...] | None:
+    if found is None or top is None:
+        return None
+    return tuple(
+        _token_logprob(token_id, places, top)
+        for token_id, places in zip(token_ids, found, strict=True)
+    )
+
+
+def _token_logprob(token_id: int, places: Mapping[int, Logprob], top: int) -> TokenLogprob:
+    """The engine gives the ``top`` likeliest, and the token itself where it is none of them."""
+    own = places[token_id]
+    likeliest = sorted(places.items(), key=lambda place: -place[1].logprob)[:top]
+    tops = tuple(TopLogprob(p.decoded_token or "", id_, p.logprob) for id_, p in likeliest)
+    return TokenLogprob(own.decoded_token or "", token_id, own.logprob, tops)

@@ -35,7 +35,7 @@ class ExitCode(IntEnum):
 
 
 class ErrorCode(StrEnum):
-    """``error_code`` of a record without a completion; docs/output.md explains each."""
+    """``error_code`` of a record that did not succeed; docs/output.md explains each."""
 
     INVALID_MESSAGES = "invalid_messages"
     INVALID_PARAMETER = "invalid_parameter"
@@ -46,6 +46,8 @@ class ErrorCode(StrEnum):
     IMAGE_FORBIDDEN = "image_forbidden"
     IMAGE_FETCH_FAILED = "image_fetch_failed"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    LENGTH = "length"
+    SCHEMA_VIOLATION = "schema_violation"
     ENGINE_REJECTED = "engine_rejected"
     ENGINE_FATAL = "engine_fatal"
     TIMEOUT = "timeout"

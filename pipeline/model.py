@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +70,8 @@ class PromptFormat:
     """None: a text model."""
     takes_parts: bool
     """Whether the chat template walks content parts, or wants one string."""
+    vocab_size: int
+    """Token ids the model knows: those from 0 to below this."""
 
     def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a chat with the assistant's turn opened: one image token per image.
@@ -110,6 +112,19 @@ class PromptFormat:
                 f"{placeholders} image tokens in the prompt)",
             )
 
+    def check_token_ids(self, token_ids: Iterable[int]) -> None:
+        """Refuse ids, of ``logit_bias``, that the model does not know.
+
+        Raises:
+            RowError: ``invalid_parameter``.
+        """
+        beyond = max(token_ids, default=0)
+        if beyond >= self.vocab_size:
+            raise RowError(
+                ErrorCode.INVALID_PARAMETER,
+                f"logit_bias: token id {beyond} is not below the vocabulary's {self.vocab_size}",
+            )
+
     def _content(self, turn: dict[str, Any]) -> dict[str, Any]:
         """One message as this template wants it, the way ``vllm.LLM.chat`` hands it over."""
         role = "system" if turn["role"] == "developer" else turn["role"]
@@ -134,6 +149,7 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
         max_model_len=spec.max_model_len,
         images=_image_format(folder, tokenizer, spec.max_tiles),
         takes_parts=_takes_parts(tokenizer),
+        vocab_size=_vocab_size(folder),
     )
 
 
@@ -195,6 +211,11 @@ def _image_format(
     )
     placeholder = tokenizer.convert_tokens_to_ids(whole.get("fake_image_token", _IMAGE_TOKEN))
     return ImageFormat(tiling, placeholder, config["image_token_index"])
+
+
+def _vocab_size(folder: Path) -> int:
+    config = _json(folder / "config.json")
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

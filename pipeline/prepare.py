@@ -195,6 +195,7 @@ def _prepare(
     seeds = _seeds(item, sampling.n, spec)
     image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
     try:
+        prompts.check_token_ids(sampling.logit_bias)
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
         token_ids = prompts.tokenize(item.chat.messages)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
@@ -210,6 +211,7 @@ def _prepare(
             seeds[0],
             prompt_tokens=prompt_tokens,
             image_tokens=image_tokens,
+            sampling=sampling.model_dump_json(),
         )
     return Prepared(
         input_row=item.row,

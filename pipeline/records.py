@@ -11,7 +11,7 @@ Every block holds exactly one shard. Conversions are lossless and need no schema
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
 from pipeline.sampling import Sampling
 
+_MAX_MESSAGE = 4_000  # characters
 SampleKey = tuple[int, int]
 """(input_row, sample_index)"""
 
@@ -68,6 +69,8 @@ class Failure:
     image_tokens: int = 0
     status: Status = Status.ERRORED
     """``errored`` or ``expired``."""
+    sampling: str | None = None
+    """The resolved request parameters, as JSON; None if it did not get that far."""
 
     @property
     def key(self) -> SampleKey:
@@ -76,8 +79,40 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens at a place of a completion."""
+
+    token: str
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of a completion, and the likeliest ones in its place."""
+
+    token: str
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    top_logprobs: tuple[TopLogprob, ...]
+    """Likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool that the model asks for."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample of a row, as the engine returned it."""
+    """One sample of a row, as the engine returned it: succeeded, unless it has a ``code``."""
 
     input_row: int
     custom_id: str
@@ -91,7 +126,19 @@ class Completion:
     seed: int
     latency_s: float
     attempts: int = 1
-    status: Status = field(default=Status.SUCCEEDED, init=False)
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One per token; None: not asked for."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    sampling: str | None = None
+    """The resolved request parameters, as JSON."""
+    code: ErrorCode | None = None
+    """What is wrong with the text, which is kept."""
+    message: str | None = None
+
+    @property
+    def status(self) -> Status:
+        """``succeeded`` or ``errored``."""
+        return Status.SUCCEEDED if self.code is None else Status.ERRORED
 
     @property
     def key(self) -> SampleKey:
@@ -100,6 +147,16 @@ class Completion:
 
 
 Outcome = Completion | Failure
+
+_TOP_LOGPROB_TYPE = pa.struct(
+    [("token", pa.string()), ("token_id", pa.int32()), ("logprob", pa.float64())]
+)
+_LOGPROBS_TYPE = pa.list_(
+    pa.struct([*_TOP_LOGPROB_TYPE, pa.field("top_logprobs", pa.list_(_TOP_LOGPROB_TYPE))])
+)
+_TOOL_CALLS_TYPE = pa.list_(
+    pa.struct([("id", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
+)
 
 OUTPUT_SCHEMA = pa.schema(
     [
@@ -121,6 +178,9 @@ OUTPUT_SCHEMA = pa.schema(
         ("latency_s", pa.float64()),
         ("input_file", pa.string()),
         ("input_row", pa.int64()),
+        ("logprobs", _LOGPROBS_TYPE),
+        ("tool_calls", _TOOL_CALLS_TYPE),
+        ("sampling", pa.string()),
     ]
 )
 
@@ -195,7 +255,10 @@ def prepared_block(
         "images": [item and item.images for item in ready],
         "image_tokens": [item.image_tokens for item in items],
         "prompt_tokens": [item.prompt_tokens for item in items],
-        "sampling": [item and item.sampling.model_dump_json() for item in ready],
+        "sampling": [
+            item.sampling.model_dump_json() if isinstance(item, Prepared) else item.sampling
+            for item in items
+        ],
         "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
         "error_code": [item and str(item.code) for item in failed],
         "error_message": [item and _encodable(item.message) for item in failed],
@@ -280,6 +343,7 @@ def _failure(row: dict[str, object]) -> Failure:
         seed=row["seeds"][0],  # type: ignore[index]
         prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
         image_tokens=row["image_tokens"],  # type: ignore[arg-type]
+        sampling=row["sampling"],  # type: ignore[arg-type]
     )
 
 
@@ -295,6 +359,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "attempts": outcome.attempts,
         "input_file": input_file,
         "input_row": outcome.input_row,
+        "sampling": outcome.sampling,
     }
     if isinstance(outcome, Failure):
         return {
@@ -313,31 +378,53 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
         "cached_tokens": outcome.cached_tokens,
         "latency_s": outcome.latency_s,
+        "logprobs": outcome.logprobs and [asdict(token) for token in outcome.logprobs],
+        "tool_calls": [asdict(call) for call in outcome.tool_calls] or None,
+        "error_code": outcome.code,
+        "error_message": outcome.message and _encodable(outcome.message),
     }
 
 
 _SHARED_FIELDS = (
     *("input_row", "custom_id", "sample_index", "seed", "attempts", "prompt_tokens"),
-    "image_tokens",
+    *("image_tokens", "sampling"),
 )
 _COMPLETION_FIELDS = ("text", "finish_reason", "completion_tokens", "cached_tokens", "latency_s")
 
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:
     shared = {name: record[name] for name in _SHARED_FIELDS}
-    if record["status"] == Status.SUCCEEDED:
-        return Completion(**shared, **{name: record[name] for name in _COMPLETION_FIELDS})
-    return Failure(
+    code = record["error_code"] and ErrorCode(record["error_code"])
+    message = record["error_message"]
+    if record["finish_reason"] is None:
+        return Failure(**shared, code=code, message=message, status=Status(record["status"]))
+    return Completion(
         **shared,
-        code=ErrorCode(record["error_code"]),
-        message=record["error_message"],
-        status=Status(record["status"]),
+        **{name: record[name] for name in _COMPLETION_FIELDS},
+        logprobs=_logprobs(record["logprobs"]),
+        tool_calls=tuple(ToolCall(**call) for call in record["tool_calls"] or ()),
+        code=code,
+        message=message,
+    )
+
+
+def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
+    if tokens is None:
+        return None
+    return tuple(
+        TokenLogprob(
+            token["token"],
+            token["token_id"],
+            token["logprob"],
+            tuple(TopLogprob(**top) for top in token["top_logprobs"]),
+        )
+        for token in tokens
     )
 
 
 def _encodable(message: str) -> str:
-    """Messages quote what users wrote, lone surrogates included."""
-    return message.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Messages quote what users wrote, at any length, lone surrogates included."""
+    return message[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

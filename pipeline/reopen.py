@@ -18,7 +18,7 @@ from pipeline.commit import Destination, PartStats, part_uri, read_stats
 from pipeline.errors import ConfigError, ErrorCode
 from pipeline.journal import Journal
 from pipeline.plan import Shard
-from pipeline.records import Failure, Outcome, Status, read_records
+from pipeline.records import Outcome, Status, read_records
 
 _THREADS = 8
 _STATUSES = (Status.ERRORED, Status.EXPIRED)
@@ -71,7 +71,7 @@ def _has_any(stats: PartStats, what: Collection[str]) -> bool:
 
 def _matching(what: Collection[str]) -> Callable[[Outcome], bool]:
     def matches(outcome: Outcome) -> bool:
-        return isinstance(outcome, Failure) and (outcome.status in what or outcome.code in what)
+        return outcome.status in what or outcome.code in what
 
     return matches
 

@@ -26,6 +26,7 @@ from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
 from pipeline.quarantine import Quarantine
 from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey
+from pipeline.structured import Structure, is_closed, violation
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +255,9 @@ class Replica:
                         raise _fatal(attempts, life) from None
                 else:
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
-                    return _completion(key, item, output, time.monotonic() - started, attempts)
+                    latency_s = time.monotonic() - started
+                    fault = await _fault(item.sampling.structure, output)
+                    return _completion(key, item, output, latency_s, attempts, fault)
         except RowError as error:
             return _failure(key, item, error, attempts)
         return None
@@ -447,8 +450,24 @@ def _request(key: Key, item: Prepared, images: tuple[Image, ...]) -> EngineReque
     )
 
 
+async def _fault(structure: Structure | None, output: EngineOutput) -> RowError | None:
+    """What is wrong with a completion that was to have a structure."""
+    if structure is None:
+        return None
+    wrong = await asyncio.to_thread(violation, structure, output.text)
+    if output.finish_reason == "length" and (wrong or not is_closed(structure, output.text)):
+        limit = f"cut at {output.completion_tokens} tokens; raise max_completion_tokens"
+        return RowError(ErrorCode.LENGTH, f"{limit} ({wrong})" if wrong else limit)
+    return RowError(ErrorCode.SCHEMA_VIOLATION, wrong) if wrong else None
+
+
 def _completion(
-    key: Key, item: Prepared, output: EngineOutput, latency_s: float, attempts: int
+    key: Key,
+    item: Prepared,
+    output: EngineOutput,
+    latency_s: float,
+    attempts: int,
+    fault: RowError | None,
 ) -> Completion:
     _, row, index = key
     return Completion(
@@ -464,6 +483,10 @@ def _completion(
         seed=item.seeds[index],
         latency_s=latency_s,
         attempts=attempts,
+        logprobs=output.logprobs,
+        sampling=item.sampling.model_dump_json(),
+        code=fault.code if fault else None,
+        message=fault.message if fault else None,
     )
 
 
@@ -479,6 +502,7 @@ def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failur
         attempts=attempts,
         prompt_tokens=item.prompt_tokens,
         image_tokens=item.image_tokens,
+        sampling=item.sampling.model_dump_json(),
     )
 
 

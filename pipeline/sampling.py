@@ -3,20 +3,30 @@
 In: the run's defaults and a row's own parameters (a mapping or a JSON string). Out: one resolved
 ``Sampling``, or ``RowError(invalid_parameter)`` that names parameter, value and range. A parameter
 this version cannot honour is an error, never ignored.
+
+Parquet has no good type for nested parameters (``response_format``, ``logit_bias``, ...): inside a
+struct, each of them may be a JSON string as well.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ErrorCode, RowError
+from pipeline.structured import ResponseFormat, Structure, StructuredOutputs
+
+log = logging.getLogger(__name__)
 
 _MAX_TOKENS = 2**31 - 1  # far above any context; engines count in 32 or 64 bits
 _MAX_STOPS = 4  # OpenAI's limit
+_MAX_QUOTED = 200  # characters of a value in an error
 DEFAULT_COMPLETION_TOKENS = 256  # vLLM's own default, 16, surprises everyone
 
 
@@ -51,6 +61,16 @@ class SamplingDefaults(BaseModel):
     """The row's own seed, instead of a derived one; samples after the first add their index."""
     n: Annotated[int | None, Field(ge=1, le=128)] = None
     """Completions per row, one record each. Default 1."""
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    """Token id -> what is added to its logit, -100 (never) to 100 (always)."""
+    logprobs: bool | None = None
+    """Whether to return the log probability of each token of the completion. Default false."""
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    """Likeliest tokens returned beside each; wants logprobs: true. Default 0."""
+    response_format: ResponseFormat | None = None
+    """OpenAI's: any text, a JSON object, or JSON that fits a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's: one of json (a schema), regex, choice, grammar; instead of response_format."""
 
     @model_validator(mode="after")
     def _check(self) -> SamplingDefaults:
@@ -62,7 +82,20 @@ class SamplingDefaults(BaseModel):
             raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs wants logprobs: true")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("give response_format or structured_outputs, not both")
+        strange = [key for key in self.logit_bias or () if not _TOKEN_ID.fullmatch(key)]
+        if strange:
+            raise ValueError(f"logit_bias: {_short(strange[0])} is no token id")
         return self
+
+    @property
+    def structure(self) -> Structure | None:
+        """The shape asked for, in whichever way."""
+        asked = self.response_format or self.structured_outputs
+        return asked.structure if asked else None
 
     @property
     def stop_list(self) -> tuple[str, ...]:
@@ -72,7 +105,15 @@ class SamplingDefaults(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_WHOLE_NUMBERS = frozenset({"top_k", "max_completion_tokens", "max_tokens", "seed", "n"})
+_WHOLE_NUMBERS = frozenset(
+    {"top_k", "max_completion_tokens", "max_tokens", "seed", "n", "top_logprobs"}
+)
+_NESTED = frozenset({"logit_bias", "response_format", "structured_outputs"})
+_TOKEN_ID = re.compile(r"\d{1,9}", re.ASCII)
+_RESOLVED_APART: set[str] = {
+    *("seed", "stop", "max_tokens", "logprobs", "top_logprobs"),
+    *_NESTED,
+}
 
 
 class Sampling(BaseModel):
@@ -90,6 +131,11 @@ class Sampling(BaseModel):
     max_completion_tokens: int = DEFAULT_COMPLETION_TOKENS
     stop: tuple[str, ...] = ()
     n: int = 1
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    """Likeliest tokens returned beside each token of the completion; None: no log probabilities."""
+    structure: Structure | None = None
+    """The shape the completion must have."""
 
 
 def parse_row_sampling(value: Any) -> SamplingDefaults:
@@ -101,13 +147,22 @@ def parse_row_sampling(value: Any) -> SamplingDefaults:
     if value is None:
         return SamplingDefaults()
     if isinstance(value, str):
-        value = _from_json(value)
+        return parse_json_sampling(_from_json(value))
+    return parse_json_sampling(_without_nulls(value))
+
+
+def parse_json_sampling(value: Any) -> SamplingDefaults:
+    """As ``parse_row_sampling``, of a value that was JSON: what is null inside of it is meant so.
+
+    Raises:
+        RowError: ``invalid_parameter``.
+    """
     if not isinstance(value, Mapping):
         raise RowError(
             ErrorCode.INVALID_PARAMETER,
             f"sampling must be a struct or a JSON object, not {type(value).__name__}",
         )
-    given = {key: _whole(key, item) for key, item in value.items() if item is not None}
+    given = {key: _plain(key, item) for key, item in value.items() if item is not None}
     try:
         return SamplingDefaults.model_validate(given)
     except ValidationError as error:
@@ -118,13 +173,26 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
     """``row`` over ``defaults`` over OpenAI's own defaults. ``seed`` is resolved elsewhere."""
     merged: dict[str, Any] = {}
     for source in (defaults, row):
-        given = source.model_dump(exclude_none=True, exclude={"seed", "stop", "max_tokens"})
+        given = source.model_dump(exclude_none=True, exclude=_RESOLVED_APART)
         if source.max_tokens is not None:
+            _warn_of_max_tokens()
             given["max_completion_tokens"] = source.max_tokens
         if source.stop is not None:
             given["stop"] = source.stop_list
+        if source.logit_bias is not None:
+            given["logit_bias"] = {int(key): bias for key, bias in source.logit_bias.items()}
+        if source.logprobs is not None:
+            given["logprobs"] = (source.top_logprobs or 0) if source.logprobs else None
+        if source.response_format is not None or source.structured_outputs is not None:
+            given["structure"] = source.structure
         merged.update(given)
     return Sampling(**merged)
+
+
+@lru_cache(maxsize=1)
+def _warn_of_max_tokens() -> None:
+    """Once per process."""
+    log.warning("max_tokens is deprecated; say max_completion_tokens")
 
 
 def is_utf8(text: str) -> bool:
@@ -136,26 +204,42 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def _whole(name: str, value: Any) -> Any:
-    """5.0 as 5 where a whole number is meant: pandas writes integers with nulls as floats."""
-    whole = name in _WHOLE_NUMBERS and isinstance(value, float) and value.is_integer()
-    return int(value) if whole else value
+def _plain(name: str, value: Any) -> Any:
+    """5.0 as 5 where a whole number is meant: pandas writes integers with nulls as floats. A nested
+    parameter that is a JSON string, parsed."""
+    if name in _WHOLE_NUMBERS and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return _from_json(value, name) if name in _NESTED and isinstance(value, str) else value
 
 
-def _from_json(text: str) -> Any:
+def _without_nulls(value: Any) -> Any:
+    """A struct as Arrow gives it: fields that a row lacks are null there."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _from_json(text: str, name: str = "sampling") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(
-            ErrorCode.INVALID_PARAMETER, f"sampling is not valid JSON: {error}"
-        ) from None
+        raise RowError(ErrorCode.INVALID_PARAMETER, f"{name} is not valid JSON: {error}") from None
 
 
 def _describe(error: ValidationError) -> str:
     fault = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in fault["loc"][:1])
+    name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
+        where, _, last = name.rpartition(".")
+        if where:
+            return f"{where} has no key {_short(last)}"
         known = ", ".join(SamplingDefaults.model_fields)
-        return f"unknown parameter {name!r}; known are {known}"
+        return f"unknown parameter {_short(last)}; known are {known}"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{name} = {fault['input']!r}: {message}" if name else message
+    return f"{name} = {_short(fault['input'])}: {message}" if name else message
+
+
+def _short(value: Any) -> str:
+    """``value`` as an error quotes it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."

@@ -1,0 +1,217 @@
+"""Structured outputs: what shape a completion must have, and whether it has it.
+
+In: a request's ``response_format`` or ``structured_outputs``. Out: one ``Structure``, checked as
+far as that goes without an engine, which turns it into a grammar; and, for a finished text,
+``violation``: a second opinion, as a stop string or the token limit may cut what a grammar began.
+
+Rows bring both schema and prompt, so neither may cost more than it is worth: patterns run in linear
+time (Rust's regex: no look-around, no back-references), and what a schema refers to is not fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_SPEC_CHARS = 65_536
+"""Longest schema, pattern or grammar: engines compile them while others wait."""
+_MAX_CHOICES = 1_000
+_MAX_NESTING = 64  # vLLM's own limit
+
+
+class StructureKind(StrEnum):
+    """What a ``Structure`` is given as."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICE = "choice"
+    GRAMMAR = "grammar"
+
+
+class Structure(BaseModel):
+    """The one constraint of a request; hashable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: StructureKind
+    spec: str = ""
+    """The schema as JSON, the pattern, the choices as a JSON list, the EBNF grammar; or empty."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
+
+
+class JsonSchemaFormat(_Part):
+    """OpenAI's ``response_format.json_schema``. ``strict: false`` is held to the schema as well."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> JsonSchemaFormat:
+        json_structure(self.schema_)
+        return self
+
+
+class ResponseFormat(_Part):
+    """OpenAI's ``response_format``."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with type json_schema, and only with it")
+        return self
+
+    @property
+    def structure(self) -> Structure | None:
+        """What it asks for; None: any text."""
+        if self.json_schema is not None:
+            return json_structure(self.json_schema.schema_)
+        if self.type == "json_object":
+            return Structure(kind=StructureKind.JSON_OBJECT)
+        return None
+
+
+class StructuredOutputs(_Part):
+    """vLLM's ``structured_outputs``: exactly one of its keys."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema, as an object or as text."""
+    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_SPEC_CHARS)] = None
+    """A pattern the whole completion matches."""
+    choice: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        Field(min_length=1, max_length=_MAX_CHOICES),
+    ] = None
+    """Texts of which the completion is one."""
+    grammar: Annotated[str | None, Field(min_length=1, max_length=MAX_SPEC_CHARS)] = None
+    """An EBNF or Lark grammar, as the engine's backend reads it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StructuredOutputs:
+        given = (self.json_, self.regex, self.choice, self.grammar)
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give exactly one of json, regex, choice, grammar")
+        if self.regex is not None:
+            _validator(_pattern_schema(self.regex))
+        if isinstance(self.json_, str | dict):
+            json_structure(self.json_)
+        return self
+
+    @property
+    def structure(self) -> Structure:
+        """What it asks for."""
+        if self.json_ is not None:
+            return json_structure(self.json_)
+        if self.regex is not None:
+            return Structure(kind=StructureKind.REGEX, spec=self.regex)
+        if self.choice is not None:
+            return Structure(kind=StructureKind.CHOICE, spec=json.dumps(self.choice))
+        return Structure(kind=StructureKind.GRAMMAR, spec=self.grammar or "")
+
+
+def json_structure(schema: Mapping[str, Any] | str) -> Structure:
+    """The structure of a JSON schema, given as an object or as text.
+
+    Raises:
+        ValueError: it is no JSON schema, too long, too deep, or refers to another document.
+    """
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    if len(text) > MAX_SPEC_CHARS:
+        raise ValueError(f"the schema has {len(text)} characters; at most {MAX_SPEC_CHARS}")
+    _validator(text)
+    return Structure(kind=StructureKind.JSON_SCHEMA, spec=text)
+
+
+def violation(structure: Structure, text: str) -> str | None:
+    """Why ``text`` is not what ``structure`` asks for; None if it is.
+
+    Whether it follows a grammar is left to the engine, which made it follow it.
+    """
+    match structure.kind:
+        case StructureKind.GRAMMAR:
+            return None
+        case StructureKind.CHOICE:
+            return None if text in json.loads(structure.spec) else "the text is none of the choices"
+        case StructureKind.REGEX:
+            matches = _validator(_pattern_schema(structure.spec)).is_valid(text)
+            return None if matches else "the text does not match the pattern"
+        case StructureKind.JSON_OBJECT:
+            return _json_violation('{"type": "object"}', text)
+        case StructureKind.JSON_SCHEMA:
+            return _json_violation(structure.spec, text)
+
+
+def is_closed(structure: Structure, text: str) -> bool:
+    """Whether a valid ``text`` that the token limit cut was whole: an object or a list that ends.
+
+    A number, a choice or a match may be the beginning of a longer one.
+    """
+    is_json = structure.kind in (StructureKind.JSON_SCHEMA, StructureKind.JSON_OBJECT)
+    return is_json and text.rstrip().endswith(("}", "]"))
+
+
+def _json_violation(schema: str, text: str) -> str | None:
+    try:
+        value = json.loads(text)
+        error = next(_validator(schema).iter_errors(value), None)
+    except (ValueError, RecursionError) as unreadable:
+        return f"the text is not JSON: {unreadable}"
+    if error is None:
+        return None
+    where = "".join(f"[{step!r}]" for step in error.instance_path)
+    return f"the text does not fit the schema: {where or 'all of it'}: {error.message}"
+
+
+def _pattern_schema(pattern: str) -> str:
+    return json.dumps({"type": "string", "pattern": f"^(?:{pattern})$"})
+
+
+@lru_cache(maxsize=256)
+def _validator(schema: str) -> Draft202012Validator:
+    """The validator of a schema.
+
+    Raises:
+        ValueError: it is no JSON schema.
+    """
+    try:
+        document = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the schema is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError("a JSON schema is an object")
+    _check_nesting(document)
+    try:
+        return Draft202012Validator(document, offline=True, pattern_options=RegexOptions())
+    except ValidationError as error:
+        raise ValueError(f"not a JSON schema: {error.message}") from None
+    except ValueError as error:
+        raise ValueError(f"not a JSON schema: {error}") from None
+
+
+def _check_nesting(document: Any) -> None:
+    level = [document]
+    for _ in range(_MAX_NESTING):
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return
+    raise ValueError(f"the schema is nested deeper than {_MAX_NESTING} levels")
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []

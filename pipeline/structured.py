@@ -106,7 +106,7 @@ class StructuredOutputs(_Part):
         if sum(value is not None for value in given) != 1:
             raise ValueError("give exactly one of json, regex, choice, grammar")
         if self.regex is not None:
-            _validator(_pattern_schema(self.regex))
+            _check_pattern(self.regex)
         if isinstance(self.json_, str | dict):
             json_structure(self.json_)
         return self
@@ -174,6 +174,15 @@ def _json_violation(schema: str, text: str) -> str | None:
         return None
     where = "".join(f"[{step!r}]" for step in error.instance_path)
     return f"the text does not fit the schema: {where or 'all of it'}: {error.message}"
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        _validator(_pattern_schema(pattern))
+    except ValueError:
+        raise ValueError(
+            "not a regular expression, or one with look-around or back-references"
+        ) from None
 
 
 def _pattern_schema(pattern: str) -> str:

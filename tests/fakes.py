@@ -24,8 +24,10 @@ class EchoEngine:
         die_token: int = -1,
         hang_token: int = -1,
         slow_token: int = -1,
+        finish_reason: str = "stop",
     ) -> None:
         self.delay_s = delay_s
+        self.finish_reason = finish_reason
         self.refuse_token = refuse_token
         self.die_token = die_token
         self.hang_token = hang_token
@@ -54,7 +56,7 @@ class EchoEngine:
         finally:
             self.running -= 1
         text = f"{request.seed}:{len(request.token_ids)}"
-        return EngineOutput(text, "stop", len(request.token_ids), len(text), 0)
+        return EngineOutput(text, self.finish_reason, len(request.token_ids), len(text), 0)
 
     def progress(self) -> int:
         """Requests answered, and a step per look while there is work, unless the engine hangs."""

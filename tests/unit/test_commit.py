@@ -32,6 +32,7 @@ OUTCOMES: list[Outcome] = [
     Failure(1, "b", ErrorCode.ENGINE_REJECTED, "m", seed=4, sample_index=1),
     Failure(2, "c", ErrorCode.IMAGE_INVALID, "m", seed=5),
 ]
+CUT = Completion(0, "a", 0, "{", "length", 10, 3, 0, 0, 1, 0.1, code=ErrorCode.LENGTH, message="m")
 
 
 def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
@@ -46,6 +47,12 @@ def test_stats_count_rows_once_and_sum_over_records() -> None:
     assert stats.errors == {"engine_rejected": 1, "image_invalid": 1}
     assert stats.finish_reasons == {"stop": 2, "length": 1}
     assert stats.lengths == {"0": 1, "2": 1, "7": 1}
+
+
+def test_a_completion_with_a_fault_errs_and_its_tokens_count() -> None:
+    stats = summarize(0, [CUT], 1.0, RUN)
+    assert stats.rows == {"succeeded": 0, "errored": 1, "expired": 0}
+    assert (stats.errors, stats.tokens["completion"]) == ({"length": 1}, 3)
 
 
 def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Records: lossless through Arrow, in order, with the contract's columns and the user's own."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 
@@ -11,6 +13,10 @@ from pipeline.records import (
     Failure,
     Outcome,
     Prepared,
+    Status,
+    TokenLogprob,
+    ToolCall,
+    TopLogprob,
     block_shard,
     carried_columns,
     carried_names,
@@ -18,6 +24,8 @@ from pipeline.records import (
     part_table,
     prepared_block,
     read_prepared,
+    read_records,
+    record_table,
 )
 from pipeline.sampling import Sampling
 
@@ -79,6 +87,35 @@ def test_a_failure_has_code_message_seed_and_no_text() -> None:
     assert (record["error_code"], record["error_message"]) == ("image_invalid", "broken")
     assert (record["text"], record["finish_reason"], record["seed"]) == (None, None, 7)
     assert record["completion_tokens"] == 0
+
+
+def test_records_survive_the_trip_through_arrow_with_all_they_can_hold() -> None:
+    tops = (TopLogprob("a", 1, -0.1), TopLogprob("\ufffd", 2, -2.5))
+    outcomes: list[Outcome] = [
+        replace(
+            completion(10),
+            logprobs=(TokenLogprob("a", 1, -0.1, tops), TokenLogprob("", 3, -9.0, ())),
+            tool_calls=(ToolCall("call-1", "f", '{"x": 1}'),),
+            sampling='{"n": 1}',
+        ),
+        replace(completion(10, 1), logprobs=(), code=ErrorCode.SCHEMA_VIOLATION, message="m"),
+        replace(FAILURE, sampling="{}"),
+        Failure(12, "c", ErrorCode.BATCH_EXPIRED, "m", seed=1, status=Status.EXPIRED),
+    ]
+    assert read_records(record_table(SHARD, outcomes, model="m")) == outcomes
+
+
+def test_a_completion_that_is_not_what_was_asked_for_is_errored_and_keeps_its_text() -> None:
+    cut = replace(completion(10), code=ErrorCode.LENGTH, message="cut")
+    (record,) = record_table(SHARD, [cut], model="m").to_pylist()
+    assert (record["status"], record["error_code"], record["text"]) == ("errored", "length", "text")
+    assert (record["completion_tokens"], record["finish_reason"]) == (2, "stop")
+
+
+def test_no_error_message_is_longer_than_people_read() -> None:
+    failure = replace(FAILURE, message="x" * 1_000_000)
+    (record,) = record_table(SHARD, [failure], model="m").to_pylist()
+    assert len(record["error_message"]) == 4_000
 
 
 @pytest.mark.parametrize(

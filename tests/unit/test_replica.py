@@ -4,17 +4,21 @@ The engine is the echo engine; tests/integration/test_engine_death.py kills the 
 """
 
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
-from pipeline.records import Completion, Failure, Outcome, Prepared
+from pipeline.records import Completion, Failure, Outcome, Prepared, Status
 from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import Sampling
+from pipeline.structured import StructuredOutputs
 from tests.fakes import EchoEngine
 
 
@@ -35,6 +39,12 @@ def png() -> bytes:
     sink = io.BytesIO()
     Image.new("RGB", (4, 4)).save(sink, "PNG")
     return sink.getvalue()
+
+
+def structured(asked: dict[str, Any], number: int = 0) -> Prepared:
+    """A row whose answer, ``0:1``, is to have a structure."""
+    shape = StructuredOutputs.model_validate(asked).structure
+    return replace(row(number), sampling=Sampling(structure=shape))
 
 
 KILLER = 13
@@ -74,6 +84,33 @@ def by_row(outcomes: Sequence[Outcome]) -> dict[int, Outcome]:
 
 def failures(outcomes: Sequence[Outcome]) -> dict[int, ErrorCode]:
     return {o.input_row: o.code for o in outcomes if isinstance(o, Failure)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "finish_reason", "code"),
+    [
+        ({"regex": "0:[0-9]+"}, "stop", None),
+        ({"choice": ["a"]}, "stop", ErrorCode.SCHEMA_VIOLATION),
+        ({"json": {"type": "object"}}, "stop", ErrorCode.SCHEMA_VIOLATION),
+        ({"json": {"type": "object"}}, "length", ErrorCode.LENGTH),
+        ({"regex": "0:[0-9]+"}, "length", ErrorCode.LENGTH),
+        ({"grammar": "root ::= x"}, "length", ErrorCode.LENGTH),
+    ],
+)
+def test_an_answer_without_its_structure_is_errored_and_kept(
+    asked: dict[str, Any], finish_reason: str, code: ErrorCode | None
+) -> None:
+    engines = Engines(lambda: EchoEngine(finish_reason=finish_reason))
+    (outcome,) = generate([structured(asked)], engines, ReplicaLimits(window=4))
+    assert isinstance(outcome, Completion)
+    assert (outcome.code, outcome.text, outcome.attempts) == (code, "0:1", 1)
+    assert json.loads(outcome.sampling or "")["structure"]["kind"]
+
+
+def test_a_cut_answer_without_a_structure_succeeds() -> None:
+    engines = Engines(lambda: EchoEngine(finish_reason="length"))
+    (outcome,) = generate([row(0)], engines, ReplicaLimits(window=4))
+    assert (outcome.status, outcome.code) == (Status.SUCCEEDED, None)
 
 
 def test_every_row_and_sample_has_one_outcome() -> None:

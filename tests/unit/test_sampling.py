@@ -8,6 +8,7 @@ import pytest
 from pipeline.errors import ErrorCode, RowError
 from pipeline.sampling import (
     DEFAULT_COMPLETION_TOKENS,
+    Sampling,
     SamplingDefaults,
     parse_row_sampling,
     resolve,
@@ -55,6 +56,22 @@ def test_stop_may_be_one_string_or_several() -> None:
         ({"stop": ""}, "empty string"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "not both"),
         ({"temprature": 1}, "unknown parameter 'temprature'; known are temperature"),
+        ({"x" * 10_000: 1}, "unknown parameter 'xxxx"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5 = 101: Input should be less than or equal"),
+        ({"logit_bias": {"-1": 1}}, "'-1' is no token id"),
+        ({"logit_bias": {"the": 1}}, "'the' is no token id"),
+        ({"logit_bias": "{"}, "logit_bias is not valid JSON"),
+        ({"logprobs": 5}, "logprobs = 5: Input should be a valid boolean"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs = 21: Input should be less than"),
+        ({"top_logprobs": 2}, "top_logprobs wants logprobs: true"),
+        ({"response_format": {"type": "xml"}}, "response_format.type = 'xml'"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema goes with type json_schema"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format has no key 'x'"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs = {'regex': '['}: not a JSON"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
+            "give response_format or structured_outputs, not both",
+        ),
         ("{", "not valid JSON"),
         ("[]", "JSON object, not list"),
         (7, "not int"),
@@ -65,3 +82,58 @@ def test_a_wrong_parameter_is_the_rows_error(given: Any, words: str) -> None:
         parse_row_sampling(given)
     assert caught.value.code == ErrorCode.INVALID_PARAMETER
     assert words in caught.value.message
+
+
+def test_a_long_value_is_quoted_in_part() -> None:
+    with pytest.raises(RowError) as caught:
+        parse_row_sampling({"temperature": "x" * 1_000_000})
+    assert len(caught.value.message) < 1000
+
+
+def test_nested_parameters_may_be_json_strings_inside_a_struct() -> None:
+    schema = {"type": "object", "properties": {"a": {"const": None}}}
+    as_text = {"structured_outputs": json.dumps({"json": schema}), "logit_bias": '{"7": -100}'}
+    resolved = resolve(SamplingDefaults(), parse_row_sampling(as_text))
+    assert resolved.logit_bias == {7: -100.0}
+    assert resolved.structure is not None
+    assert json.loads(resolved.structure.spec) == schema
+
+
+def test_nulls_of_a_nested_struct_are_absent_and_those_of_json_are_meant() -> None:
+    nested = {"type": "json_object", "json_schema": None}
+    assert parse_row_sampling({"response_format": nested}).structure is not None
+    given = {"structured_outputs": {"json": {"const": None}}}
+    from_struct = parse_row_sampling(given).structure
+    from_json = parse_row_sampling(json.dumps(given)).structure
+    assert from_struct is not None
+    assert from_json is not None
+    assert json.loads(from_struct.spec) == {}
+    assert json.loads(from_json.spec) == {"const": None}
+
+
+def test_a_row_may_turn_off_what_the_run_turned_on() -> None:
+    run = SamplingDefaults.model_validate(
+        {"logprobs": True, "top_logprobs": 3, "structured_outputs": {"choice": ["a"]}}
+    )
+    assert resolve(run, SamplingDefaults()).logprobs == 3
+    row = parse_row_sampling({"logprobs": False, "response_format": {"type": "text"}})
+    resolved = resolve(run, row)
+    assert (resolved.logprobs, resolved.structure) == (None, None)
+
+
+def test_logprobs_alone_are_those_of_the_tokens_themselves() -> None:
+    assert resolve(SamplingDefaults(), parse_row_sampling({"logprobs": True})).logprobs == 0
+
+
+def test_resolved_parameters_survive_as_json() -> None:
+    row = parse_row_sampling({"logit_bias": {"3": 1.5}, "structured_outputs": {"regex": "a"}})
+    resolved = resolve(SamplingDefaults(), row)
+    assert Sampling.model_validate_json(resolved.model_dump_json()) == resolved
+
+
+def test_parameters_survive_in_a_manifest_under_their_own_names() -> None:
+    given = {
+        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}
+    }
+    dumped = SamplingDefaults.model_validate(given).model_dump(mode="json", exclude_none=True)
+    assert dumped == given

@@ -1,0 +1,148 @@
+"""Structured outputs: what may be asked for, and whether a text is it; in bounded time, offline."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.structured import (
+    MAX_SPEC_CHARS,
+    ResponseFormat,
+    Structure,
+    StructuredOutputs,
+    StructureKind,
+    is_closed,
+    json_structure,
+    violation,
+)
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def structure(**given: Any) -> Structure:
+    return StructuredOutputs.model_validate(given).structure
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "wrong"),
+    [
+        ({"json": PERSON}, '{"name": "Ada", "age": 36}', None),
+        ({"json": json.dumps(PERSON)}, ' {"name": "Ada"}\n', None),
+        ({"json": PERSON}, '{"name": "Ada", "age": -1}', "['age']"),
+        ({"json": PERSON}, '{"age": 1}', '"name" is a required property'),
+        ({"json": PERSON}, '{"name": "Ada"', "not JSON"),
+        ({"json": PERSON}, "", "not JSON"),
+        ({"json": {"const": None}}, "null", None),
+        ({"json": {"type": "string", "pattern": "^a+$"}}, '"aaa"', None),
+        ({"json": {"type": "string", "pattern": "^a+$"}}, '"aab"', "does not match"),
+        ({"regex": "[0-9]{3}"}, "123", None),
+        ({"regex": "[0-9]{3}"}, "1234", "does not match the pattern"),
+        ({"regex": "a|bc"}, "bcd", "does not match the pattern"),
+        ({"regex": "^ja$|nein"}, "ja", None),
+        ({"choice": ["yes", "no", "ünï"]}, "ünï", None),
+        ({"choice": ["yes", "no"]}, "y", "none of the choices"),
+        ({"grammar": 'root ::= "a"'}, "a", None),
+    ],
+)
+def test_a_text_is_held_to_what_was_asked(
+    asked: dict[str, Any], text: str, wrong: str | None
+) -> None:
+    found = violation(structure(**asked), text)
+    assert (found is None) if wrong is None else wrong in str(found)
+
+
+def test_a_json_object_is_an_object() -> None:
+    asked = ResponseFormat.model_validate({"type": "json_object"}).structure
+    assert asked is not None
+    assert violation(asked, '{"a": [1, {"b": null}]}') is None
+    assert "object" in str(violation(asked, "[1]"))
+
+
+def test_text_is_any_text() -> None:
+    assert ResponseFormat.model_validate({"type": "text"}).structure is None
+
+
+def test_openais_and_vllms_way_to_ask_for_a_schema_are_one() -> None:
+    openai = ResponseFormat.model_validate(
+        {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}
+    )
+    assert openai.structure == structure(json=PERSON)
+
+
+def test_the_order_of_properties_stays_as_it_was_given() -> None:
+    schema = {"type": "object", "properties": {"z": {}, "a": {}}}
+    assert list(json.loads(json_structure(schema).spec)["properties"]) == ["z", "a"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "exactly one of"),
+        ({"regex": "a", "choice": ["a"]}, "exactly one of"),
+        ({"json": {"type": "strin"}}, "not a JSON schema"),
+        ({"json": "{"}, "the schema is not JSON"),
+        ({"json": "[]"}, "a JSON schema is an object"),
+        ({"json": {"pattern": "("}}, "not a JSON schema"),
+        ({"json": {"$ref": "http://169.254.169.254/latest"}}, "not a JSON schema"),
+        ({"json": {"$ref": "file:///etc/passwd"}}, "not a JSON schema"),
+        ({"json": {"$ref": "#/$defs/missing"}}, "not a JSON schema"),
+        ({"json": {"description": "x" * MAX_SPEC_CHARS}}, "at most 65536"),
+        ({"json": "[" * 60_000}, "the schema is not JSON"),
+        ({"regex": "[0-9"}, "not a regular expression"),
+        ({"regex": "(?=a)b"}, "not a regular expression"),
+        ({"regex": "(a{1,1000}){1,1000}"}, "not a regular expression"),
+        ({"choice": []}, "at least 1 item"),
+        ({"choice": ["a", ""]}, "at least 1 character"),
+        ({"grammar": ""}, "at least 1 character"),
+        ({"gramar": "x"}, "Extra inputs"),
+    ],
+)
+def test_what_no_engine_could_hold_to_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        StructuredOutputs.model_validate(given)
+
+
+def test_a_schema_that_is_too_deep_is_refused_whichever_way_it_comes() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(500):
+        schema = {"items": schema}
+    for given in (schema, json.dumps(schema)):
+        with pytest.raises(ValueError, match="nested deeper than 64"):
+            json_structure(given)
+
+
+def test_hostile_patterns_and_texts_take_no_time() -> None:
+    started = time.monotonic()
+    text = "a" * 5_000 + "!"
+    assert violation(structure(regex="(a+)+"), text)
+    assert violation(structure(json={"pattern": "^(a|a)*$"}), json.dumps(text))
+    assert violation(structure(json={"patternProperties": {"^(a+)+$": {}}, "not": {}}), '{"a":1}')
+    assert "not JSON" in str(violation(structure(json=PERSON), "[" * 100_000))
+    assert time.monotonic() - started < 30  # a backtracking matcher would need years
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "closed"),
+    [
+        ({"json": PERSON}, '{"name": "Ada"}\n', True),
+        ({"json": {"type": "array"}}, "[1]", True),
+        ({"json": {"type": "integer"}}, "12", False),
+        ({"choice": ["}"]}, "}", False),
+        ({"regex": "a+}"}, "a}", False),
+    ],
+)
+def test_only_an_object_or_list_shows_that_it_ended(
+    asked: dict[str, Any], text: str, closed: bool
+) -> None:
+    assert is_closed(structure(**asked), text) is closed
+
+
+def test_a_structure_tells_its_kind() -> None:
+    assert structure(choice=["a"]) == Structure(kind=StructureKind.CHOICE, spec='["a"]')

@@ -67,7 +67,7 @@ def test_stop_may_be_one_string_or_several() -> None:
         ({"response_format": {"type": "xml"}}, "response_format.type = 'xml'"),
         ({"response_format": {"type": "json_schema"}}, "json_schema goes with type json_schema"),
         ({"response_format": {"type": "text", "x": 1}}, "response_format has no key 'x'"),
-        ({"structured_outputs": {"regex": "["}}, "structured_outputs = {'regex': '['}: not a JSON"),
+        ({"structured_outputs": {"regex": "["}}, "structured_outputs = {'regex': '['}: not a reg"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}},
             "give response_format or structured_outputs, not both",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ErrorCode, RowError
+from pipeline.text import lone_surrogate
 
 _MESSAGE_KEYS = ("role", "content", "name")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -168,10 +169,9 @@ def _image_source(item: Any, index: int) -> ImageSource:
 
 
 def _checked_text(text: str, where: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _invalid(f"{where}: lone surrogate at character {error.start}") from None
+    place = lone_surrogate(text)
+    if place is not None:
+        raise _invalid(f"{where}: lone surrogate at character {place}")
     return text
 
 

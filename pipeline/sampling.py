@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import ErrorCode, RowError
 from pipeline.structured import ResponseFormat, Structure, StructuredOutputs
+from pipeline.text import lone_surrogate
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class SamplingDefaults(BaseModel):
             raise ValueError(f"stop: at most {_MAX_STOPS} strings, got {len(self.stop)}")
         if self.stop is not None and not all(self.stop_list):
             raise ValueError("stop: an empty string is not allowed")
-        if any(not is_utf8(text) for text in self.stop_list):
+        if any(lone_surrogate(text) is not None for text in self.stop_list):
             raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
@@ -193,15 +194,6 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
 def _warn_of_max_tokens() -> None:
     """Once per process."""
     log.warning("max_tokens is deprecated; say max_completion_tokens")
-
-
-def is_utf8(text: str) -> bool:
-    """Whether ``text`` can be encoded: JSON may bring lone surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _plain(name: str, value: Any) -> Any:

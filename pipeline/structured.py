@@ -17,7 +17,9 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.text import lone_surrogate
 
 MAX_SPEC_CHARS = 65_536
 """Longest schema, pattern or grammar: engines compile them while others wait."""
@@ -43,6 +45,16 @@ class Structure(BaseModel):
     kind: StructureKind
     spec: str = ""
     """The schema as JSON, the pattern, the choices as a JSON list, the EBNF grammar; or empty."""
+
+
+def _proper(text: str) -> str:
+    if lone_surrogate(text) is not None:
+        raise ValueError("a lone surrogate is not allowed")
+    return text
+
+
+Spec = Annotated[str, Field(min_length=1, max_length=MAX_SPEC_CHARS), AfterValidator(_proper)]
+"""A schema, pattern or grammar as text."""
 
 
 class _Part(BaseModel):
@@ -88,16 +100,16 @@ class ResponseFormat(_Part):
 class StructuredOutputs(_Part):
     """vLLM's ``structured_outputs``: exactly one of its keys."""
 
-    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_: Annotated[dict[str, Any] | Spec | None, Field(alias="json")] = None
     """A JSON schema, as an object or as text."""
-    regex: Annotated[str | None, Field(min_length=1, max_length=MAX_SPEC_CHARS)] = None
+    regex: Spec | None = None
     """A pattern the whole completion matches."""
     choice: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
         Field(min_length=1, max_length=_MAX_CHOICES),
     ] = None
     """Texts of which the completion is one."""
-    grammar: Annotated[str | None, Field(min_length=1, max_length=MAX_SPEC_CHARS)] = None
+    grammar: Spec | None = None
     """An EBNF or Lark grammar, as the engine's backend reads it."""
 
     @model_validator(mode="after")

@@ -45,14 +45,17 @@ SCHEMA = pa.schema(
     ]
 )
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+wild = st.text(st.characters(), max_size=30) | st.sampled_from(
+    ["", " ", "\0", "\ud800", "<|image|>", "<|patch|>", "<|eot|>", "a" * 600]
+)
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | st.floats() | wild,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=12,
 )
 """Any JSON, with NaN, infinities and lone surrogates, which Python's JSON lets through."""
 part = st.one_of(
-    st.fixed_dictionaries({"type": st.just("text"), "text": text | anything}),
+    st.fixed_dictionaries({"type": st.just("text"), "text": wild | anything}),
     st.fixed_dictionaries({"type": st.just("image")}),
     st.fixed_dictionaries(
         {
@@ -69,19 +72,20 @@ part = st.one_of(
 turn = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "wizard"]),
-        "content": st.text(max_size=30) | st.lists(part, max_size=3) | anything,
+        "content": wild | st.lists(part, max_size=3) | anything,
     },
     optional={"name": text, "x": anything},
 )
 schema = st.sampled_from([{"type": "object"}, {"enum": [None, 1]}, {"$ref": "#"}, {"type": "?"}])
-structured = st.fixed_dictionaries(
-    {},
-    optional={
-        "json": schema | anything,
-        "regex": text,
-        "choice": st.lists(text) | anything,
-        "grammar": text,
-    },
+KINDS: dict[str, st.SearchStrategy[Any]] = {
+    "json": schema | anything,
+    "regex": wild,
+    "choice": st.lists(wild) | anything,
+    "grammar": wild,
+}
+structured = st.one_of(
+    *(st.fixed_dictionaries({kind: value}) for kind, value in KINDS.items()),
+    st.fixed_dictionaries({}, optional=KINDS),
 )
 response_format = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "json_object", "json_schema"])},
@@ -89,7 +93,7 @@ response_format = st.fixed_dictionaries(
 )
 number = st.floats(-3, 3) | st.sampled_from([0, 1, -1, 2, 2**31, 2**63, float("nan"), True])
 PARAMETERS = {name: number | st.none() | anything for name in SamplingDefaults.model_fields} | {
-    "stop": text | st.lists(text, max_size=5),
+    "stop": wild | st.lists(wild, max_size=5),
     "n": st.integers(0, 130),
     "logit_bias": st.dictionaries(st.integers(-1, 300).map(str) | text, st.floats(-101, 101)),
     "logprobs": st.booleans(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -159,6 +159,8 @@ many = settings(
 
 @many
 @given(samplings)
+@example({"structured_outputs": {"grammar": "\ud800"}})
+@example({"structured_outputs": {"json": '{"const": "\ud800"}'}})
 def test_any_parameters_make_one_record(asked: Any) -> None:
     check({"prompt": "a", "sampling": json.dumps(asked)})
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import ErrorCode, RowError
-from pipeline.text import lone_surrogate
 
 _MESSAGE_KEYS = ("role", "content", "name")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -169,9 +168,10 @@ def _image_source(item: Any, index: int) -> ImageSource:
 
 
 def _checked_text(text: str, where: str) -> str:
-    place = lone_surrogate(text)
-    if place is not None:
-        raise _invalid(f"{where}: lone surrogate at character {place}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _invalid(f"{where}: lone surrogate at character {error.start}") from None
     return text
 
 

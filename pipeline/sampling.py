@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.errors import ErrorCode, RowError
 from pipeline.structured import ResponseFormat, Structure, StructuredOutputs
-from pipeline.text import lone_surrogate
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class SamplingDefaults(BaseModel):
             raise ValueError(f"stop: at most {_MAX_STOPS} strings, got {len(self.stop)}")
         if self.stop is not None and not all(self.stop_list):
             raise ValueError("stop: an empty string is not allowed")
-        if any(lone_surrogate(text) is not None for text in self.stop_list):
+        if any(not _is_utf8(text) for text in self.stop_list):
             raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
@@ -188,6 +187,15 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
             given["structure"] = source.structure
         merged.update(given)
     return Sampling(**merged)
+
+
+def _is_utf8(text: str) -> bool:
+    """JSON may bring lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

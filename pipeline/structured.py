@@ -17,9 +17,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-from pipeline.text import lone_surrogate
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SPEC_CHARS = 65_536
 """Longest schema, pattern or grammar: engines compile them while others wait."""
@@ -47,13 +45,7 @@ class Structure(BaseModel):
     """The schema as JSON, the pattern, the choices as a JSON list, the EBNF grammar; or empty."""
 
 
-def _proper(text: str) -> str:
-    if lone_surrogate(text) is not None:
-        raise ValueError("a lone surrogate is not allowed")
-    return text
-
-
-Spec = Annotated[str, Field(min_length=1, max_length=MAX_SPEC_CHARS), AfterValidator(_proper)]
+Spec = Annotated[str, Field(min_length=1, max_length=MAX_SPEC_CHARS)]
 """A schema, pattern or grammar as text."""
 
 
@@ -64,8 +56,8 @@ class _Part(BaseModel):
 class JsonSchemaFormat(_Part):
     """OpenAI's ``response_format.json_schema``. ``strict: false`` is held to the schema as well."""
 
-    name: str | None = None
-    description: str | None = None
+    name: Annotated[str | None, Field(min_length=1, max_length=64)] = None
+    description: Annotated[str | None, Field(max_length=MAX_SPEC_CHARS)] = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 

@@ -159,6 +159,7 @@ many = settings(
 
 @many
 @given(samplings)
+@example({"stop": ["\ud800"]})
 @example({"structured_outputs": {"grammar": "\ud800"}})
 @example({"structured_outputs": {"json": '{"const": "\ud800"}'}})
 def test_any_parameters_make_one_record(asked: Any) -> None:

@@ -120,7 +120,7 @@ def nightly_parser(module: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--retry",
         metavar="WORDS",
-        help="do these records of a finished run again: expired, errored or error codes, e.g. "
+        help="do these records again, finished run or not: expired, errored or error codes, e.g. "
         "expired,timeout; all others stay",
     )
     parser.add_argument(
@@ -277,9 +277,8 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
             run.start(lease.confirm)
         if job.retry:
             done = [shard for shard in run.plan.shards if shard.index in run.done]
-            log.info(
-                "%d records are to be done again", reopen(job.to, done, job.retry, lease.confirm)
-            )
+            count = reopen(job.to, done, run.pending, job.retry, lease.confirm)
+            log.info("%d records are to be done again", count)
             left = frozenset(committed_shards(run.uri, run.plan))
             job = replace(job, run=replace(run, done=left, finished=False))
         yield job, lease

@@ -1,8 +1,9 @@
-"""reopen: rows of committed parts that are to be done again (``--retry``).
+"""reopen: rows that have a record and are to be done again (``--retry``).
 
 In: which records, by status or error code. Out: their shards are pending again, with every other
-record of theirs in the journal, so that nothing but those rows is generated. Safe to interrupt: a
-part goes only once its other records are written down.
+record of theirs in the journal, so that nothing but those rows is generated. Journals of shards
+that are pending anyway lose the records, too. Safe to interrupt: a part, or an object of a journal,
+goes only once its other records are written down.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.commit import Destination, PartStats, part_uri, read_stats
 from pipeline.errors import ConfigError, ErrorCode
-from pipeline.journal import Journal
+from pipeline.journal import Journal, journaled_shards
 from pipeline.plan import Shard
 from pipeline.records import Failure, Outcome, Status, read_records
 
@@ -42,13 +43,19 @@ def parse_retry(text: str) -> frozenset[str]:
 
 def reopen(
     to: Destination,
-    shards: Iterable[Shard],
+    done: Iterable[Shard],
+    pending: Iterable[Shard],
     what: Collection[str],
     confirm: Callable[[], None] = lambda: None,
 ) -> int:
-    """Reopen the records of ``shards``' parts whose status or error code is in ``what``.
+    """Reopen the records whose status or error code is in ``what``.
 
-    ``confirm`` is called before each part is deleted, and raises if the run is another driver's.
+    Args:
+        to: the run.
+        done: its shards that have a part.
+        pending: its shards that have none, but perhaps a journal.
+        what: statuses and error codes.
+        confirm: called before each change; raises if the run is another driver's.
 
     Returns:
         How many records there are to do again.
@@ -56,13 +63,17 @@ def reopen(
     Raises:
         StorageError: a part or a journal cannot be read or written; the others are as they should.
     """
-    by_index = {shard.index: shard for shard in shards}
+    matches = _matching(what)
+    by_index = {shard.index: shard for shard in done}
     touched = [stats for stats in read_stats(to.output_uri, by_index) if _has_any(stats, what)]
+    journaled = journaled_shards(to.output_uri)
+    open_shards = [shard for shard in pending if shard.index in journaled]
     with ThreadPoolExecutor(_THREADS) as pool:
-        counts = pool.map(
-            lambda stats: _reopen_part(to, by_index[stats.shard], _matching(what), confirm), touched
+        of_parts = pool.map(
+            lambda stats: _reopen_part(to, by_index[stats.shard], matches, confirm), touched
         )
-        return sum(counts)
+        of_journals = pool.map(lambda shard: Journal(to, shard).drop(matches, confirm), open_shards)
+        return sum(of_parts) + sum(of_journals)
 
 
 def _has_any(stats: PartStats, what: Collection[str]) -> bool:
@@ -85,8 +96,7 @@ def _reopen_part(
     uri = part_uri(to.output_uri, shard.index)
     records = read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
     kept = [record for record in records if not matches(record)]
-    confirm()
-    Journal(to, shard).replace(kept)
+    Journal(to, shard).replace(kept, confirm)
     confirm()
     storage.delete(uri)
     return len(records) - len(kept)

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import Destination
-from pipeline.errors import ErrorCode
+from pipeline.errors import ErrorCode, LeaseLostError
 from pipeline.journal import Journal, clear_journals
 from pipeline.plan import Shard
 from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status
@@ -89,6 +89,20 @@ def test_replacing_leaves_exactly_what_is_given(to: Destination) -> None:
     Journal(to, SHARD).append([completion(100), completion(101)])
     Journal(to, SHARD).replace([completion(102)])
     assert Journal(to, SHARD).read() == [completion(102)]
+
+
+def test_a_replacement_that_is_cut_short_loses_no_record(to: Destination) -> None:
+    Journal(to, SHARD).append([completion(100), completion(101)])
+    answers = iter([True])
+
+    def relieved() -> None:
+        if not next(answers, False):
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        Journal(to, SHARD).replace([completion(101)], relieved)
+    found = Journal(to, SHARD).read()
+    assert sorted(outcome.key for outcome in found) == [(100, 0), (101, 0)]
 
 
 def test_entries_have_the_outputs_columns(to: Destination) -> None:

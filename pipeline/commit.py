@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import AccountingError, StorageError
 from pipeline.plan import Plan, Shard
-from pipeline.records import Failure, Outcome, SampleKey, Status, part_table
+from pipeline.records import Failure, Outcome, SampleKey, Status, part_table, read_records
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +214,21 @@ def committed_shards(output_uri: str, plan: Plan) -> set[int]:
     return shards
 
 
+def read_part(output_uri: str, shard: int) -> list[Outcome]:
+    """The records of a committed part.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StorageError: it cannot be read, or is damaged.
+    """
+    uri = part_uri(output_uri, shard)
+    content = storage.read_bytes(uri)
+    try:
+        return read_records(pq.read_table(pa.BufferReader(content)))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # OSError: its pages
+        raise StorageError(_damaged(uri, error)) from None
+
+
 def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
     """The stats of committed parts, from their footers, in parallel.
 
@@ -226,7 +241,26 @@ def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
 
 def _read_stats(uri: str) -> PartStats:
     with storage.open_input(uri) as handle:
-        metadata: dict[bytes, Any] = pq.read_metadata(handle).metadata or {}
+        metadata = _read_metadata(uri, handle)
     if _STATS_KEY not in metadata:
         raise StorageError(f"{uri} was not written by this program; move it away")
-    return PartStats.from_json(metadata[_STATS_KEY])
+    try:
+        return PartStats.from_json(metadata[_STATS_KEY])
+    except (TypeError, ValueError) as error:
+        raise StorageError(_damaged(uri, error)) from None
+
+
+def _read_metadata(uri: str, handle: IO[bytes]) -> dict[bytes, Any]:
+    try:
+        return pq.read_metadata(handle).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the store's; pyarrow's own, of a footer it cannot parse, has no number
+        raise StorageError(_damaged(uri, error)) from None
+
+
+def _damaged(uri: str, fault: Exception) -> str:
+    return (
+        f"{uri} is damaged ({fault}); delete it and run the command again, which makes its rows "
+        "again"
+    )

@@ -130,9 +130,11 @@ def clear_journals(output_uri: str) -> None:
 
 def _read_entry(uri: str) -> list[Outcome]:
     try:
-        return read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
+        content = storage.read_bytes(uri)
     except FileNotFoundError:
         return []  # removed meanwhile: another attempt has committed the part
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    try:
+        return read_records(pq.read_table(pa.BufferReader(content)))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # OSError: its pages
         log.warning("%s is not a journal entry and is left out: %s", uri, error)
         return []

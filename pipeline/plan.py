@@ -84,13 +84,23 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: ``text`` is no plan, or one that does not cover its files.
+        """
         document = json.loads(text)
-        files = tuple(InputFile(**file) for file in document["files"])
-        shards = tuple(
-            Shard(index, files[number].uri, first_row, rows)
-            for index, (number, first_row, rows) in enumerate(document["shards"])
-        )
+        if not isinstance(document, dict) or not {"files", "shards"} <= document.keys():
+            raise ValueError("not an object with files and shards")
+        try:
+            files = tuple(InputFile(**file) for file in document["files"])
+            shards = tuple(
+                Shard(index, files[number].uri, first_row, rows)
+                for index, (number, first_row, rows) in enumerate(document["shards"])
+            )
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"files or shards of another form: {error}") from None
+        _check_covered(files, shards)
         return cls(files, shards)
 
 
@@ -112,6 +122,20 @@ def make_plan(files: Sequence[InputFile], *, shard_rows: int, shard_bytes: int) 
     if not shards and files:
         shards = [Shard(0, files[0].uri, 0, 0)]
     return Plan(tuple(files), tuple(shards))
+
+
+def _check_covered(files: Sequence[InputFile], shards: Sequence[Shard]) -> None:
+    """Refuse shards that are not, in order, each row of each file once."""
+    if not shards:
+        raise ValueError("no shards")
+    covered = dict.fromkeys((file.uri for file in files), 0)
+    for shard in shards:
+        if shard.first_row != covered[shard.uri]:
+            raise ValueError(f"shard {shard.index} does not start where the one before it ends")
+        covered[shard.uri] += shard.rows
+    for file in files:
+        if covered[file.uri] != file.rows:
+            raise ValueError(f"{covered[file.uri]} of {file.rows} rows of {file.uri} in shards")
 
 
 def _cut(

@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import storage
-from pipeline.commit import Destination, PartStats, part_uri, read_stats
+from pipeline.commit import Destination, PartStats, part_uri, read_part, read_stats
 from pipeline.errors import ConfigError, ErrorCode
 from pipeline.journal import Journal, journaled_shards
 from pipeline.plan import Shard
-from pipeline.records import Failure, Outcome, Status, read_records
+from pipeline.records import Failure, Outcome, Status
 
 _THREADS = 8
 _STATUSES = (Status.ERRORED, Status.EXPIRED)
@@ -93,10 +90,9 @@ def _reopen_part(
     matches: Callable[[Outcome], bool],
     confirm: Callable[[], None],
 ) -> int:
-    uri = part_uri(to.output_uri, shard.index)
-    records = read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
+    records = read_part(to.output_uri, shard.index)
     kept = [record for record in records if not matches(record)]
     Journal(to, shard).replace(kept, confirm)
     confirm()
-    storage.delete(uri)
+    storage.delete(part_uri(to.output_uri, shard.index))
     return len(records) - len(kept)

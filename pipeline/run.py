@@ -45,6 +45,7 @@ ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
 """What a resumed run may be told to go on with: rows already done stay as they are."""
 _DELETED_AT_A_TIME = 100
 """Parts of a discarded run between two looks at the lease."""
+_SHOWN_CHARACTERS = 80  # of a manifest that is none
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
 _SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
@@ -138,9 +139,7 @@ class Run:
         try:
             return Duplicates.from_parquet(storage.read_bytes(uri), self.plan.files)
         except (FileNotFoundError, ValueError, KeyError, pa.ArrowException) as error:
-            raise StorageError(
-                f"{uri} is missing or damaged ({error}); start over with --new-run"
-            ) from None
+            raise StorageError(_damaged(uri, error)) from None
 
     def _file(self, name: str) -> str:
         return storage.join(self.uri, name)
@@ -166,8 +165,8 @@ def open_run(
     Raises:
         ConfigError: ``accept_changed`` names another key.
         InputError: the output's bucket cannot be reached.
-        RunMismatchError: the folder holds a run of other input, model, seed or sampling, or what
-            is left of one.
+        RunMismatchError: the folder holds a run of other input, model, seed or sampling, or a
+            damaged one, or what is left of one.
         StorageError: the folder cannot be read.
     """
     _check_acceptable(accept_changed)
@@ -175,8 +174,8 @@ def open_run(
     uri = storage.absolute(config.output.uri).rstrip("/")
     storage.check_folder(uri)
     wanted = _manifest(config, profile, found.files)
-    saved = _load(uri)
-    if saved is not None and not new_run:
+    saved = _load(uri, new_run=new_run)
+    if saved is not None:
         return _resume(uri, saved, wanted, found.files, accept_changed)
     _check_leftovers(uri, new_run=new_run)
     limits = config.limits
@@ -373,31 +372,54 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
         storage.delete(storage.join(uri, name))
 
 
-def _load(uri: str) -> dict[str, Any] | None:
+def _load(uri: str, *, new_run: bool) -> Mapping[str, Any] | None:
+    """The manifest of the run to go on with; None if there is none, or it is to be discarded.
+
+    Raises:
+        RunMismatchError: another program wrote it; or it is damaged, and not to be discarded.
+    """
     manifest_uri = storage.join(uri, "run.json")
     try:
         document = json.loads(storage.read_bytes(manifest_uri))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise StorageError(f"{manifest_uri} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        document, fault = None, str(error)
+    else:
+        fault = f"it holds {json.dumps(document)[:_SHOWN_CHARACTERS]}"
+    if not isinstance(document, Mapping) or not document:
+        if new_run:
+            return None
+        raise RunMismatchError(_damaged(manifest_uri, fault))
+    if not _is_manifest(document):
+        raise RunMismatchError(f"{manifest_uri} is not this program's; use another folder.")
+    return None if new_run else document
+
+
+def _is_manifest(document: Mapping[str, Any]) -> bool:
+    """Whether all is there that a resumed run asks for."""
     try:
         _identity(document)
+        return isinstance(document["input"], Mapping) and "name" in document["model"]
     except (KeyError, TypeError):
-        raise RunMismatchError(
-            f"{manifest_uri} is not this program's; use another folder."
-        ) from None
-    return dict(document)
+        return False
+
+
+def _damaged(uri: str, fault: object) -> str:
+    return (
+        f"{uri} is missing or damaged ({fault}). Put it back as it was, or start over with "
+        "--new-run, which discards what the folder holds."
+    )
 
 
 def _load_plan(uri: str) -> Plan:
     plan_uri = storage.join(uri, "_plan.json")
     try:
         return Plan.from_json(storage.read_bytes(plan_uri))
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{plan_uri} is missing or damaged ({error}); start over with --new-run"
-        ) from None
+    except FileNotFoundError:
+        raise RunMismatchError(_damaged(plan_uri, "there is no such object")) from None
+    except (ValueError, RecursionError) as error:
+        raise RunMismatchError(_damaged(plan_uri, error)) from None
 
 
 def _to_bytes(document: Mapping[str, Any]) -> bytes:

@@ -85,6 +85,17 @@ def test_an_object_that_is_no_entry_is_left_out_with_a_warning(
     assert "9-damaged.parquet is not a journal entry" in caplog.text
 
 
+def test_an_entry_whose_pages_are_damaged_is_left_out_with_a_warning(
+    to: Destination, caplog: pytest.LogCaptureFixture
+) -> None:
+    Journal(to, SHARD).append([completion(100)])
+    (path,) = objects(to)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(200) + content[204:])
+    assert Journal(to, SHARD).read() == []
+    assert "is not a journal entry" in caplog.text
+
+
 def test_replacing_leaves_exactly_what_is_given(to: Destination) -> None:
     Journal(to, SHARD).append([completion(100), completion(101)])
     Journal(to, SHARD).replace([completion(102)])

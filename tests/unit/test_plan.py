@@ -1,7 +1,8 @@
 """Plans: every row in exactly one shard, whatever the files; the same input gives the same plan."""
 
+import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -10,6 +11,9 @@ from pipeline.plan import InputFile, Plan, fingerprint, make_plan
 
 def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
     return InputFile(f"s3://b/{name}.parquet", rows * row_bytes, "v1", rows, rows * row_bytes)
+
+
+FILE = asdict(file("a", 5))
 
 
 def covered(plan: Plan) -> dict[str, list[int]]:
@@ -66,6 +70,28 @@ def test_an_input_without_rows_is_one_empty_shard() -> None:
 def test_a_saved_plan_comes_back_the_same() -> None:
     plan = make_plan([file("a", 3000), file("b", 17)], shard_rows=100, shard_bytes=2**20)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("document", "fault"),
+    [
+        (None, "not an object"),
+        ([], "not an object"),
+        ({"files": []}, "files and shards"),
+        ({"files": [], "shards": []}, "no shards"),
+        ({"files": [FILE], "shards": 3}, "another form"),
+        ({"files": [FILE], "shards": [[0, 0]]}, "not enough values"),
+        ({"files": [FILE], "shards": [[1, 0, 5]]}, "another form"),
+        ({"files": [{"uri": "a"}], "shards": [[0, 0, 5]]}, "another form"),
+        ({"files": [FILE], "shards": [[0, 0, 2], [0, 3, 2]]}, "shard 1 does not start"),
+        ({"files": [FILE], "shards": [[0, 0, 2], [0, 0, 3]]}, "shard 1 does not start"),
+        ({"files": [FILE], "shards": [[0, 0, 2]]}, "2 of 5 rows"),
+        ({"files": [FILE], "shards": [[0, 0, 9]]}, "9 of 5 rows"),
+    ],
+)
+def test_what_is_no_whole_plan_is_refused_with_the_fault(document: object, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        Plan.from_json(json.dumps(document))
 
 
 def test_the_fingerprint_follows_every_file() -> None:

@@ -340,6 +340,62 @@ def test_a_manifest_of_others_is_never_replaced(folder: Path, new_run: bool) -> 
         settle(folder, new_run=new_run)
 
 
+DAMAGED = [b"", b"null", b"[]", b"{}", b"7", b'{"id": "a", "con', b"\xff\x00PAR1", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_manifest_is_named_with_the_remedy_which_works(
+    folder: Path, content: bytes
+) -> None:
+    fill(folder)
+    (folder / "out" / "run.json").write_bytes(content)
+    with pytest.raises(RunMismatchError, match=r"out/run\.json is .*damaged .*--new-run") as caught:
+        settle(folder)
+    assert len(str(caught.value)) < 500
+    settle(folder, new_run=True).start()
+    assert stored(folder / "out") == FOREIGN | {"run.json", "_plan.json"}
+    assert settle(folder).exists
+
+
+@pytest.mark.parametrize("key", ["input", "model", "config"])
+def test_a_manifest_without_what_a_resumed_run_asks_for_is_no_defect(
+    folder: Path, key: str
+) -> None:
+    settle(folder).start()
+    document = {**manifest(folder), key: "?"}
+    (folder / "out" / "run.json").write_text(json.dumps(document))
+    with pytest.raises(RunMismatchError, match=r"run\.json is not this program's"):
+        settle(folder)
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, b'{"files": []}', b'{"files": [], "shards": []}'])
+def test_a_damaged_plan_is_named_with_the_remedy_which_works(folder: Path, content: bytes) -> None:
+    fill(folder)
+    (folder / "out" / "_plan.json").write_bytes(content)
+    with pytest.raises(RunMismatchError, match=r"out/_plan\.json is .*damaged .*--new-run"):
+        settle(folder)
+    settle(folder, new_run=True).start()
+    assert settle(folder).exists
+
+
+def test_a_lost_plan_is_named_with_the_remedy(folder: Path) -> None:
+    settle(folder).start()
+    (folder / "out" / "_plan.json").unlink()
+    with pytest.raises(RunMismatchError, match=r"_plan\.json is missing .*--new-run"):
+        settle(folder)
+
+
+def test_a_plan_without_its_last_shard_is_damaged_not_the_part_of_that_shard(folder: Path) -> None:
+    settle(folder, limits={"shard_rows": 1}).start()
+    path = folder / "out" / "_plan.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps({**plan, "shards": plan["shards"][:-1]}))
+    (folder / "out" / "data").mkdir()
+    (folder / "out" / "data" / "part-000001.parquet").write_bytes(b"x")
+    with pytest.raises(RunMismatchError, match=r"_plan\.json is .*1 of 2 rows .*a\.parquet"):
+        settle(folder)
+
+
 def test_rows_that_repeat_an_id_are_found_once_and_saved_with_the_run(folder: Path) -> None:
     names: dict[str, Any] = {"input": {"uri": str(folder / "in"), "columns": {"custom_id": "key"}}}
     put_input(folder, "a.parquet", prompt=["a", "b"], key=[1, 2])

@@ -23,7 +23,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jobs.cli import Interrupted, first_signal, job_parser, raise_interrupted, run_job
+from jobs.cli import (
+    Interrupted,
+    first_signal,
+    job_parser,
+    name_run,
+    raise_interrupted,
+    run_job,
+)
 from pipeline import storage
 from pipeline.capacity import NodeCapacity, missing, this_machine
 from pipeline.commit import (
@@ -47,7 +54,7 @@ from pipeline.errors import (
 )
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
-from pipeline.lease import Lease
+from pipeline.lease import Lease, check_not_driven
 from pipeline.model import ModelSpec
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
@@ -160,6 +167,7 @@ def nightly(
         PipelineError: the run failed; what is committed stays and the same command resumes.
     """
     job = settle(arguments, start_engine)
+    name_run(job.run.uri)
     if arguments.dry_run:
         return _dry_run(job)
     if job.run.complete and not job.retry:
@@ -251,6 +259,8 @@ def _execute(job: Job) -> Result:
     here = _local_node()
     if here is not None:
         _check_capacity(job, [here])  # before a Ray is started for it
+    if not job.wait:
+        check_not_driven(job.run.uri)
     # Read when ray is imported. Ranks log alike; and what is left of a stopped flow must not start
     # another Ray.
     os.environ.update(RAY_DEDUP_LOGS="0", RAY_ENABLE_AUTO_CONNECT="0")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+from pipeline.lease import Lease
 
 
 def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -89,6 +92,21 @@ def test_a_ray_address_without_a_cluster_is_refused_in_seconds(
     assert (code, result["status"]) == (2, "invalid")
     assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in result["error"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_driver_has_is_refused_before_a_cluster_is_asked(
+    tmp_path: Path, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # no cluster: who gets there is told that
+    uri = f"file://{tmp_path}/out"
+    with Lease.acquire(uri, wait=False, renewal_s=0.2):
+        code, result, stderr = run(tmp_path, good)
+        waiting, waited, _ = run(tmp_path, good, "--wait")
+    assert (code, result["status"], result["run"]) == (1, "failed", uri), stderr
+    assert f"is being run by another driver (host {socket.gethostname()}" in result["error"]
+    assert (waiting, waited["run"]) == (2, uri)
+    assert "RAY_ADDRESS" in waited["error"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_lease.json"]
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ from pipeline.errors import (
     AccountingError,
     CapacityError,
     ConfigError,
+    InputError,
     LeaseLostError,
     PipelineError,
     StorageError,
@@ -63,7 +64,7 @@ from pipeline.read import Input, open_input
 from pipeline.reopen import parse_retry, reopen
 from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
-from pipeline.run import Run, open_run
+from pipeline.run import Run, check_not_emptied, open_run
 from pipeline.watch import Reason, Watch
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ def nightly(
         return _dry_run(job)
     if job.run.complete and not job.retry:
         log.info("%s is finished; nothing to generate", job.run.uri)
+        if job.run.accepted:
+            log.warning(
+                "--accept-changed changes nothing: nothing is left to make with it, and it is not "
+                "written down; give it together with --retry"
+            )
         result = _finish(job, [])
     else:
         result = _execute(job)
@@ -187,7 +193,7 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
     if retry and arguments.new_run:
         raise ConfigError("give --retry or --new-run, not both.")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
-    found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+    found = _find_input(config, new_run=arguments.new_run)
     root = input_root(config.input.uri, found.files[0].uri)
     _check_apart(config, root)
     deadline = config.limits.deadline
@@ -214,6 +220,15 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
         open_run=look,
         wait=arguments.wait,
     )
+
+
+def _find_input(config: JobConfig, *, new_run: bool) -> Input:
+    try:
+        return open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+    except InputError:
+        if not new_run:
+            check_not_emptied(config)
+        raise
 
 
 def _check_apart(config: JobConfig, source: str) -> None:
@@ -465,7 +480,7 @@ def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> l
 
 
 def _rows_of(parts: Sequence[PartStats]) -> int:
-    """Rows that were generated: not those taken over from the journals of earlier attempts."""
+    """Rows that were made: neither expired nor taken over from the journals of earlier attempts."""
     return sum(sum(part.rows.values()) - part.taken_over for part in parts)
 
 

@@ -54,7 +54,8 @@ class PartStats:
     run: str = ""
     """Id of the run it belongs to."""
     taken_over: int = 0
-    """Rows that were finished before: the attempt that committed the part found them journaled."""
+    """Rows that the attempt that committed the part did not make: it found them journaled, or they
+    expired."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -173,8 +174,9 @@ def commit_outcomes(
     Raises:
         AccountingError, StorageError: as ``commit_part``.
     """
-    rows = len({row for row, _ in known})
-    stats = summarize(shard.index, outcomes, seconds, to.run_id, rows)
+    expired = {outcome.key for outcome in outcomes if outcome.status is Status.EXPIRED}
+    taken_over = len({row for row, _ in expired.union(known)})
+    stats = summarize(shard.index, outcomes, seconds, to.run_id, taken_over)
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to.output_uri, table, shard, stats)
 

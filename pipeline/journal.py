@@ -123,9 +123,13 @@ def journaled_shards(output_uri: str) -> frozenset[int]:
 
 
 def clear_journals(output_uri: str) -> None:
-    """Remove every journal of a run whose parts are all committed."""
-    found = storage.list_files(storage.join(output_uri, _FOLDER))
-    storage.delete_all([entry.uri for entry in found])
+    """Remove every journal of a run whose parts are all committed, and the folders they leave.
+
+    Not earlier: another attempt at the shard may be about to write into its folder.
+    """
+    folder = storage.join(output_uri, _FOLDER)
+    storage.delete_all([entry.uri for entry in storage.list_files(folder)])
+    storage.remove_empty_folders(folder)
 
 
 def _read_entry(uri: str) -> list[Outcome]:

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 _TAIL_DIVISOR = 16
 """A shard takes at most 1/16 of the rows still to plan: the tail's last shards are small."""
 _MIN_ROWS = 32
 """No shard is cut below this for the tail's sake: each costs a PUT and a footer."""
+_SECONDS = re.compile(r"\d{1,11}\.\d+")
+"""A version that is a modification time: seconds since 1970. ETags have no point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class InputFile:
         pairs = (
             ("size", self.size, found.size),
             ("rows", self.rows, found.rows),
-            ("version", self.version, found.version),
+            ("version", _readable(self.version), _readable(found.version)),
         )
         return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
 
@@ -102,6 +106,13 @@ class Plan:
             raise ValueError(f"files or shards of another form: {error}") from None
         _check_covered(files, shards)
         return cls(files, shards)
+
+
+def _readable(version: str) -> str:
+    """A modification time as a time; an ETag as it is."""
+    if not _SECONDS.fullmatch(version):
+        return version
+    return datetime.fromtimestamp(float(version), UTC).isoformat()
 
 
 def fingerprint(files: Sequence[InputFile]) -> str:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
 """What a resumed run may be told to go on with: rows already done stay as they are."""
 _DELETED_AT_A_TIME = 100
-"""Parts of a discarded run between two looks at the lease."""
+"""Objects of a discarded run between two looks at the lease, where one request deletes them all."""
 _SHOWN_CHARACTERS = 80  # of a manifest that is none
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
@@ -182,6 +182,30 @@ def open_run(
     plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
+
+
+def check_not_emptied(config: JobConfig) -> None:
+    """Refuse an input of which no file is left, if the output folder holds a run of it.
+
+    Without files there is no input to compare with the run's; this names what it was planned for.
+
+    Raises:
+        InputError: input or output cannot be reached.
+        RunMismatchError: nothing is left of the run's input, or the run is damaged.
+        StorageError: a folder cannot be listed or read.
+    """
+    storage.check_reachable(config.input.uri)
+    storage.check_reachable(config.output.uri)
+    uri = storage.absolute(config.output.uri).rstrip("/")
+    if _load(uri, new_run=False) is None:
+        return
+    try:
+        there = {entry.uri for entry in storage.list_files(config.input.uri)}
+    except FileNotFoundError:
+        there = set()
+    planned = _load_plan(uri).files
+    if not any(file.uri in there for file in planned):
+        _check_same_files(uri, planned, ())
 
 
 def _resume(
@@ -364,9 +388,11 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
     parts = [entry.uri for entry in data if part_number(entry.uri) is not None]
     journal = [entry.uri for entry in storage.list_files(storage.join(uri, "_journal"))]
     doomed = [*parts, *journal]
-    for first in range(0, len(doomed), _DELETED_AT_A_TIME):
+    step = _DELETED_AT_A_TIME if storage.deletes_at_once(uri) else 1
+    for first in range(0, len(doomed), step):
         confirm()
-        storage.delete_all(doomed[first : first + _DELETED_AT_A_TIME])
+        storage.delete_all(doomed[first : first + step])
+    storage.remove_empty_folders(storage.join(uri, "_journal"))
     for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
         confirm()
         storage.delete(storage.join(uri, name))

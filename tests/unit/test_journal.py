@@ -125,4 +125,24 @@ def test_the_end_of_a_run_removes_every_journal(to: Destination) -> None:
     for index in range(3):
         Journal(to, replace(SHARD, index=index)).append([completion(100)])
     clear_journals(to.output_uri)
-    assert not list(Path(to.output_uri.removeprefix("file://")).rglob("*.parquet"))
+    assert not list(Path(to.output_uri.removeprefix("file://")).iterdir())
+
+
+def test_what_is_not_a_journals_stays_with_its_folder(to: Destination) -> None:
+    Journal(to, SHARD).append([completion(100)])
+    folder = Path(to.output_uri.removeprefix("file://"))
+    (folder / "data").mkdir()
+    clear_journals(to.output_uri)
+    assert [path.name for path in folder.iterdir()] == ["data"]
+    clear_journals(to.output_uri)
+
+
+def test_a_late_attempt_can_write_after_another_cleared_the_shards_journal(
+    to: Destination,
+) -> None:
+    late = Journal(to, SHARD)
+    journal = Journal(to, SHARD)
+    journal.append([completion(100)])
+    journal.clear()
+    late.append([completion(101)])
+    assert Journal(to, SHARD).read() == [completion(101)]

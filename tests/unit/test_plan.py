@@ -105,4 +105,8 @@ def test_what_changed_of_a_file_is_named_old_to_new() -> None:
     planned = InputFile("s3://b/a.parquet", 10, "v1", 2, 100)
     assert planned.changes(replace(planned, size=20, rows=3)) == "size 10 -> 20, rows 2 -> 3"
     assert planned.changes(replace(planned, version="v2")) == "version v1 -> v2"
+    local = replace(planned, version="1795390200.25")
+    assert local.changes(replace(local, version="1.0")) == (
+        "version 2026-11-22T23:30:00.250000+00:00 -> 1970-01-01T00:00:01+00:00"
+    )
     assert planned.changes(planned) == ""

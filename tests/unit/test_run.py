@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.errors import ConfigError, RunMismatchError, StorageError
+from pipeline.errors import ConfigError, LeaseLostError, RunMismatchError, StorageError
 from pipeline.plan import FirstUse
 from pipeline.profile import load_profile
 from pipeline.read import open_input
@@ -141,7 +141,7 @@ def test_a_file_that_changed_under_the_run_is_named_with_old_and_new(folder: Pat
     message = str(caught.value)
     assert re.search(
         r"1 file changed: \S+/in/a\.parquet "
-        r"\(size \d+ -> \d+, rows 2 -> 3, version [\d.]+ -> 1\.0\)",
+        r"\(size \d+ -> \d+, rows 2 -> 3, version 20\S+ -> 1970-01-01T00:00:01\+00:00\)",
         message,
     )
     assert "--new-run" in message
@@ -279,6 +279,30 @@ def test_a_new_run_that_fails_while_discarding_has_taken_the_manifest_away(folde
     with pytest.raises(StorageError, match=r"report\.html"):
         settle(folder, new_run=True).start()
     assert not {"_SUCCESS", "run.json"} & stored(folder / "out")
+
+
+@pytest.mark.parametrize("confirmed", range(2, 8))
+def test_a_driver_that_was_relieved_while_discarding_deletes_no_more(
+    folder: Path, confirmed: int
+) -> None:
+    fill(folder)
+    for number in range(1, 5):
+        (folder / "out" / "data" / f"part-{number:06d}.parquet").write_bytes(b"old")
+    run = settle(folder, new_run=True)
+    answers = iter([True] * confirmed)
+    relieved_with: list[set[str]] = []
+
+    def confirm() -> None:
+        if not next(answers, False):
+            relieved_with.append(stored(folder / "out"))
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        run.start(confirm)
+    (left,) = relieved_with
+    assert stored(folder / "out") == left
+    doomed = [name for name in left if name.startswith(("data/part", "_journal"))]
+    assert len(doomed) == 6 - (confirmed - 1)
 
 
 def test_a_file_of_others_that_came_before_the_start_is_not_discarded(folder: Path) -> None:

@@ -301,8 +301,7 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
         if job.retry or not run.complete:
             run.start(lease.confirm)
         if job.retry:
-            done = [shard for shard in run.plan.shards if shard.index in run.done]
-            count = reopen(job.to, done, run.pending, job.retry, lease.confirm)
+            count = reopen(job.to, run.plan, run.done, job.retry, lease.confirm)
             log.info("%d records are to be done again", count)
             left = frozenset(committed_shards(run.uri, run.plan))
             job = replace(job, run=replace(run, done=left, finished=False))

@@ -8,14 +8,14 @@ goes only once its other records are written down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import storage
 from pipeline.commit import Destination, PartStats, part_uri, read_part, read_stats
 from pipeline.errors import ConfigError, ErrorCode
 from pipeline.journal import Journal, journaled_shards
-from pipeline.plan import Shard
+from pipeline.plan import Plan, Shard
 from pipeline.records import Failure, Outcome, Status
 
 _THREADS = 8
@@ -40,8 +40,8 @@ def parse_retry(text: str) -> frozenset[str]:
 
 def reopen(
     to: Destination,
-    done: Iterable[Shard],
-    pending: Iterable[Shard],
+    plan: Plan,
+    done: Collection[int],
     what: Collection[str],
     confirm: Callable[[], None] = lambda: None,
 ) -> int:
@@ -49,8 +49,8 @@ def reopen(
 
     Args:
         to: the run.
-        done: its shards that have a part.
-        pending: its shards that have none, but perhaps a journal.
+        plan: its shards.
+        done: those that have a part; the others may have a journal.
         what: statuses and error codes.
         confirm: called before each change; raises if the run is another driver's.
 
@@ -61,15 +61,14 @@ def reopen(
         StorageError: a part or a journal cannot be read or written; the others are as they should.
     """
     matches = _matching(what)
-    by_index = {shard.index: shard for shard in done}
-    touched = [stats for stats in read_stats(to.output_uri, by_index) if _has_any(stats, what)]
-    journaled = journaled_shards(to.output_uri)
-    open_shards = [shard for shard in pending if shard.index in journaled]
+    committed = [shard for shard in plan.shards if shard.index in done]
+    stats = read_stats(to.output_uri, [shard.index for shard in committed])
+    touched = [shard for shard, of in zip(committed, stats, strict=True) if _has_any(of, what)]
+    journaled = journaled_shards(to.output_uri).difference(done)
+    still_open = [shard for shard in plan.shards if shard.index in journaled]
     with ThreadPoolExecutor(_THREADS) as pool:
-        of_parts = pool.map(
-            lambda stats: _reopen_part(to, by_index[stats.shard], matches, confirm), touched
-        )
-        of_journals = pool.map(lambda shard: Journal(to, shard).drop(matches, confirm), open_shards)
+        of_parts = pool.map(lambda shard: _reopen_part(to, shard, matches, confirm), touched)
+        of_journals = pool.map(lambda shard: Journal(to, shard).drop(matches, confirm), still_open)
         return sum(of_parts) + sum(of_journals)
 
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _result_fd = 1
 """Where the last line goes while descriptor 1 points at stderr."""
+_run_uri: str | None = None
+"""The run that the last line names if it tells of a failure, once the job knows it."""
 
 
 class Interrupted(BaseException):
@@ -69,6 +71,8 @@ def run_job(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run ``job``, turn its errors into a result, print the result, return the exit code."""
+    global _run_uri
+    _run_uri = None
     started = time.monotonic()
     arguments: argparse.Namespace | ConfigError
     try:
@@ -84,18 +88,18 @@ def run_job(
                 raise arguments
             result = job(arguments)
         except UsageError as error:
-            result = _without_run(RunStatus.INVALID, str(error), started)
+            result = _failure(RunStatus.INVALID, str(error), started)
         except PipelineError as error:
-            result = _without_run(RunStatus.FAILED, str(error), started)
+            result = _failure(RunStatus.FAILED, str(error), started)
         except Interrupted as error:
-            result = _without_run(RunStatus.INTERRUPTED, str(error), started)
+            result = _failure(RunStatus.INTERRUPTED, str(error), started)
         except SystemExit:  # Ray's own SIGTERM handler, until ray.init is through
-            error_text = "stopped by a signal while starting; the same command resumes"
-            result = _without_run(RunStatus.INTERRUPTED, error_text, started)
+            error_text = "stopped by SIGTERM while Ray was starting; the same command resumes"
+            result = _failure(RunStatus.INTERRUPTED, error_text, started)
         except Exception as error:  # a defect of ours, told whole and in the contract's form
             log.exception("this is a defect; please report it with the lines below")
             message = f"unexpected {type(error).__name__}: {error}"
-            result = _without_run(RunStatus.FAILED, message, started)
+            result = _failure(RunStatus.FAILED, message, started)
         if result.error:
             sys.stderr.write(f"{result.status}: {result.error}\n")
         sys.stderr.flush()
@@ -108,10 +112,16 @@ def raise_interrupted(number: int, _frame: FrameType | None) -> None:
     raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command resumes")
 
 
-def _without_run(status: RunStatus, error: str, started: float) -> Result:
+def name_run(uri: str) -> None:
+    """Tell which run it is, for the last line of a job that ends without a result of its own."""
+    global _run_uri
+    _run_uri = uri
+
+
+def _failure(status: RunStatus, error: str, started: float) -> Result:
     return Result(
         status=status,
-        run=None,
+        run=_run_uri,
         rows_total=0,
         totals=total([]),
         seconds=time.monotonic() - started,
@@ -143,7 +153,7 @@ def first_signal(tell: Callable[[str], None]) -> Iterator[None]:
 def _exit_at_once(signal_name: str) -> NoReturn:
     """The contract's last line, and nothing else: no report, no clean shutdown."""
     message = f"stopped at once by a second signal ({signal_name}); the same command resumes"
-    result = _without_run(RunStatus.INTERRUPTED, message, time.monotonic())
+    result = _failure(RunStatus.INTERRUPTED, message, time.monotonic())
     os.write(_result_fd, (json.dumps(result.to_json()) + "\n").encode())
     os._exit(int(result.exit_code))
 

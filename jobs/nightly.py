@@ -23,7 +23,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from jobs.cli import Interrupted, first_signal, job_parser, raise_interrupted, run_job
+from jobs.cli import (
+    Interrupted,
+    first_signal,
+    job_parser,
+    name_run,
+    raise_interrupted,
+    run_job,
+)
 from pipeline import storage
 from pipeline.capacity import NodeCapacity, missing, this_machine
 from pipeline.commit import (
@@ -41,13 +48,14 @@ from pipeline.errors import (
     AccountingError,
     CapacityError,
     ConfigError,
+    InputError,
     LeaseLostError,
     PipelineError,
     StorageError,
 )
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
-from pipeline.lease import Lease
+from pipeline.lease import Lease, check_not_driven
 from pipeline.model import ModelSpec
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
@@ -56,7 +64,7 @@ from pipeline.read import Input, open_input
 from pipeline.reopen import parse_retry, reopen
 from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
-from pipeline.run import Run, open_run
+from pipeline.run import Run, check_not_emptied, open_run
 from pipeline.watch import Reason, Watch
 
 if TYPE_CHECKING:
@@ -120,7 +128,7 @@ def nightly_parser(module: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--retry",
         metavar="WORDS",
-        help="do these records of a finished run again: expired, errored or error codes, e.g. "
+        help="do these records again, finished run or not: expired, errored or error codes, e.g. "
         "expired,timeout; all others stay",
     )
     parser.add_argument(
@@ -160,10 +168,16 @@ def nightly(
         PipelineError: the run failed; what is committed stays and the same command resumes.
     """
     job = settle(arguments, start_engine)
+    name_run(job.run.uri)
     if arguments.dry_run:
         return _dry_run(job)
     if job.run.complete and not job.retry:
         log.info("%s is finished; nothing to generate", job.run.uri)
+        if job.run.accepted:
+            log.warning(
+                "--accept-changed changes nothing: nothing is left to make with it, and it is not "
+                "written down; give it together with --retry"
+            )
         result = _finish(job, [])
     else:
         result = _execute(job)
@@ -179,7 +193,7 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
     if retry and arguments.new_run:
         raise ConfigError("give --retry or --new-run, not both.")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
-    found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+    found = _find_input(config, new_run=arguments.new_run)
     root = input_root(config.input.uri, found.files[0].uri)
     _check_apart(config, root)
     deadline = config.limits.deadline
@@ -206,6 +220,15 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
         open_run=look,
         wait=arguments.wait,
     )
+
+
+def _find_input(config: JobConfig, *, new_run: bool) -> Input:
+    try:
+        return open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+    except InputError:
+        if not new_run:
+            check_not_emptied(config)
+        raise
 
 
 def _check_apart(config: JobConfig, source: str) -> None:
@@ -251,6 +274,8 @@ def _execute(job: Job) -> Result:
     here = _local_node()
     if here is not None:
         _check_capacity(job, [here])  # before a Ray is started for it
+    if not job.wait:
+        check_not_driven(job.run.uri)
     # Read when ray is imported. Ranks log alike; and what is left of a stopped flow must not start
     # another Ray.
     os.environ.update(RAY_DEDUP_LOGS="0", RAY_ENABLE_AUTO_CONNECT="0")
@@ -276,10 +301,8 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
         if job.retry or not run.complete:
             run.start(lease.confirm)
         if job.retry:
-            done = [shard for shard in run.plan.shards if shard.index in run.done]
-            log.info(
-                "%d records are to be done again", reopen(job.to, done, job.retry, lease.confirm)
-            )
+            count = reopen(job.to, run.plan, run.done, job.retry, lease.confirm)
+            log.info("%d records are to be done again", count)
             left = frozenset(committed_shards(run.uri, run.plan))
             job = replace(job, run=replace(run, done=left, finished=False))
         yield job, lease
@@ -456,7 +479,7 @@ def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> l
 
 
 def _rows_of(parts: Sequence[PartStats]) -> int:
-    """Rows that were generated: not those taken over from the journals of earlier attempts."""
+    """Rows that were made: neither expired nor taken over from the journals of earlier attempts."""
     return sum(sum(part.rows.values()) - part.taken_over for part in parts)
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.errors import AccountingError, StorageError
 from pipeline.plan import Plan, Shard
-from pipeline.records import Failure, Outcome, SampleKey, Status, part_table
+from pipeline.records import Failure, Outcome, SampleKey, Status, part_table, read_records
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class PartStats:
     run: str = ""
     """Id of the run it belongs to."""
     taken_over: int = 0
-    """Rows that were finished before: the attempt that committed the part found them journaled."""
+    """Rows that the attempt that committed the part did not make: it found them journaled, or they
+    expired."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -173,8 +174,9 @@ def commit_outcomes(
     Raises:
         AccountingError, StorageError: as ``commit_part``.
     """
-    rows = len({row for row, _ in known})
-    stats = summarize(shard.index, outcomes, seconds, to.run_id, rows)
+    expired = {outcome.key for outcome in outcomes if outcome.status is Status.EXPIRED}
+    taken_over = len({row for row, _ in expired.union(known)})
+    stats = summarize(shard.index, outcomes, seconds, to.run_id, taken_over)
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to.output_uri, table, shard, stats)
 
@@ -214,6 +216,21 @@ def committed_shards(output_uri: str, plan: Plan) -> set[int]:
     return shards
 
 
+def read_part(output_uri: str, shard: int) -> list[Outcome]:
+    """The records of a committed part.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StorageError: it cannot be read, or is damaged.
+    """
+    uri = part_uri(output_uri, shard)
+    content = storage.read_bytes(uri)
+    try:
+        return read_records(pq.read_table(pa.BufferReader(content)))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # OSError: its pages
+        raise StorageError(_damaged(uri, error)) from None
+
+
 def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
     """The stats of committed parts, from their footers, in parallel.
 
@@ -226,7 +243,26 @@ def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
 
 def _read_stats(uri: str) -> PartStats:
     with storage.open_input(uri) as handle:
-        metadata: dict[bytes, Any] = pq.read_metadata(handle).metadata or {}
+        metadata = _read_metadata(uri, handle)
     if _STATS_KEY not in metadata:
         raise StorageError(f"{uri} was not written by this program; move it away")
-    return PartStats.from_json(metadata[_STATS_KEY])
+    try:
+        return PartStats.from_json(metadata[_STATS_KEY])
+    except (TypeError, ValueError) as error:
+        raise StorageError(_damaged(uri, error)) from None
+
+
+def _read_metadata(uri: str, handle: IO[bytes]) -> dict[bytes, Any]:
+    try:
+        return pq.read_metadata(handle).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the store's; pyarrow's own, of a footer it cannot parse, has no number
+        raise StorageError(_damaged(uri, error)) from None
+
+
+def _damaged(uri: str, fault: Exception) -> str:
+    return (
+        f"{uri} is damaged ({fault}); delete it and run the command again, which makes its rows "
+        "again"
+    )

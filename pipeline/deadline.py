@@ -6,11 +6,12 @@ In: what the config says and when the job started. Out: the moment, aware of its
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _EXPECTED = "a time with its zone (2026-11-23T06:00Z) or a duration (6h, 90m, 45s)"
 
 
@@ -22,7 +23,8 @@ def check_deadline(value: Any) -> Any:
     """
     if value is None:
         return None
-    text = value.isoformat() if isinstance(value, datetime) else str(value)  # YAML parses times
+    # YAML parses times and days
+    text = value.isoformat() if isinstance(value, date) else str(value)
     resolve_deadline(text, started=datetime.now(UTC))
     return text
 
@@ -36,6 +38,8 @@ def resolve_deadline(text: str, *, started: datetime) -> datetime:
     duration = _DURATION.fullmatch(text.strip())
     if duration:
         return _after(started, float(duration[1]) * _SECONDS[duration[2]], text)
+    if _DAY.fullmatch(text.strip()):
+        raise ValueError(f"{text} is a day without a time: must be {_EXPECTED}")
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:

@@ -5,7 +5,7 @@
     │   ├── ConfigError                the YAML file, an override or an engine profile
     │   ├── InputError                 the input cannot be found or read
     │   ├── CapacityError              the cluster cannot hold the replicas asked for
-    │   └── RunMismatchError           the output folder belongs to a different run
+    │   └── RunMismatchError           the output folder holds a different run, or a damaged one
     ├── StorageError                   an object could not be read or written      exit 1
     │   └── StorageUnavailableError    for want of an answer: it may do later
     ├── RunBusyError                   another driver has the run                  exit 1
@@ -80,7 +80,7 @@ class CapacityError(UsageError):
 
 
 class RunMismatchError(UsageError):
-    """The output folder holds a run with other input, model, seed or sampling."""
+    """The output folder holds a run with other input, model, seed or sampling, or a damaged one."""
 
 
 class StorageError(PipelineError):

@@ -14,7 +14,7 @@ import io
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -74,29 +74,71 @@ class Journal:
         storage.put_bytes(uri, sink.getvalue())
         self._written.append(uri)
 
-    def replace(self, outcomes: Sequence[Outcome]) -> None:
-        """Make ``outcomes`` all that the journal has."""
+    def replace(
+        self, outcomes: Sequence[Outcome], confirm: Callable[[], None] = lambda: None
+    ) -> None:
+        """Make ``outcomes`` all that the journal has; what it had goes once they are stored.
+
+        ``confirm`` is called before each change, and raises if the run is another driver's.
+        """
         self.read()
-        self.clear()
-        self.append(outcomes)
+        self._replace_found(outcomes, confirm)
+
+    def drop(
+        self, matches: Callable[[Outcome], bool], confirm: Callable[[], None] = lambda: None
+    ) -> int:
+        """Take the outcomes that match out of the journal, as ``replace`` does; how many it were.
+
+        Raises:
+            StorageError: the journal cannot be read or written.
+        """
+        found = self.read()
+        kept = [outcome for outcome in found if not matches(outcome)]
+        if len(kept) < len(found):
+            self._replace_found(kept, confirm)
+        return len(found) - len(kept)
 
     def clear(self) -> None:
         """Remove what was read and written here; the part holds it all now."""
         storage.delete_all([*self._found, *self._written])
         self._found, self._written = [], []
 
+    def _replace_found(self, outcomes: Sequence[Outcome], confirm: Callable[[], None]) -> None:
+        confirm()
+        self.append(outcomes)
+        confirm()
+        storage.delete_all(self._found)
+        self._found = []
+
+
+def journaled_shards(output_uri: str) -> frozenset[int]:
+    """Shards that have a journal, by listing them all once.
+
+    Raises:
+        StorageError: they cannot be listed.
+    """
+    entries = storage.list_files(storage.join(output_uri, _FOLDER), suffixes=(".parquet",))
+    folders = {storage.name(entry.uri.rpartition("/")[0]) for entry in entries}
+    return frozenset(int(folder) for folder in folders if folder.isdecimal())
+
 
 def clear_journals(output_uri: str) -> None:
-    """Remove every journal of a run whose parts are all committed."""
-    found = storage.list_files(storage.join(output_uri, _FOLDER))
-    storage.delete_all([entry.uri for entry in found])
+    """Remove every journal of a run whose parts are all committed, and the folders they leave.
+
+    Not earlier: another attempt at the shard may be about to write into its folder.
+    """
+    folder = storage.join(output_uri, _FOLDER)
+    storage.delete_all([entry.uri for entry in storage.list_files(folder)])
+    storage.remove_empty_folders(folder)
 
 
 def _read_entry(uri: str) -> list[Outcome]:
     try:
-        return read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
+        content = storage.read_bytes(uri)
     except FileNotFoundError:
         return []  # removed meanwhile: another attempt has committed the part
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    try:
+        return read_records(pq.read_table(pa.BufferReader(content)))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # OSError: its pages
         log.warning("%s is not a journal entry and is left out: %s", uri, error)
         return []

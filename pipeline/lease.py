@@ -207,6 +207,27 @@ class Lease:
             self._record, self._version = record, version
 
 
+def check_not_driven(run_uri: str, *, renewal_s: float = RENEWAL_S) -> None:
+    """Refuse a run whose owner is seen to renew its lease; takes and writes nothing.
+
+    A look before anything is started. Returns at once if the lease is free or released, and within
+    about ``renewal_s`` if it is held: an owner that is not seen to live is for ``Lease.acquire``.
+
+    Raises:
+        RunBusyError: another driver has the run, and lives.
+        StorageError: the object cannot be read, or is no lease.
+    """
+    uri = storage.join(run_uri, "_lease.json")
+    first = seen = _look(uri)
+    for _ in range(_LOOKS_PER_RENEWAL + 2):
+        if first is None or seen is None or seen.record.state is LeaseState.RELEASED:
+            return
+        if seen.version != first.version:
+            raise _busy(uri, seen.record)
+        time.sleep(renewal_s / _LOOKS_PER_RENEWAL)
+        seen = _look(uri)
+
+
 class _Contender:
     """A driver that wants the lease at ``uri``."""
 
@@ -264,10 +285,7 @@ class _Contender:
         """
         run = self._uri.rpartition("/")[0]
         if lives and not self._wait:
-            raise RunBusyError(
-                f"{run} is being run by another driver ({holder}). Wait for it to end, or start "
-                "with --wait."
-            )
+            raise _busy(self._uri, holder)
         now = time.monotonic()
         if self._told_at is None or now - self._told_at >= _REMINDER_S:
             self._told_at = now
@@ -298,6 +316,13 @@ def _look(uri: str) -> _Seen | None:
             f"{error.errors()[0]['msg']}). Make sure that nobody works on the run, delete the "
             "object, and start again."
         ) from None
+
+
+def _busy(uri: str, holder: LeaseRecord) -> RunBusyError:
+    return RunBusyError(
+        f"{uri.rpartition('/')[0]} is being run by another driver ({holder}). Wait for it to end, "
+        "or start with --wait."
+    )
 
 
 def _why_lost(uri: str, seen: _Seen | None) -> str:

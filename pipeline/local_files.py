@@ -9,7 +9,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +26,13 @@ def put(path: str, data: bytes, *, publish: Callable[[Path, Path], None]) -> Non
         publish(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_empty_folders(path: str) -> None:
+    """Remove the folder ``path`` and those below it, but for those that hold files."""
+    for folder, _, _ in os.walk(path, topdown=False):
+        with suppress(OSError):  # it holds something, or is not ours to remove: it stays
+            Path(folder).rmdir()
 
 
 @contextmanager

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 _TAIL_DIVISOR = 16
 """A shard takes at most 1/16 of the rows still to plan: the tail's last shards are small."""
 _MIN_ROWS = 32
 """No shard is cut below this for the tail's sake: each costs a PUT and a footer."""
+_SECONDS = re.compile(r"\d{1,11}\.\d+")
+"""A version that is a modification time: seconds since 1970. ETags have no point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class InputFile:
         pairs = (
             ("size", self.size, found.size),
             ("rows", self.rows, found.rows),
-            ("version", self.version, found.version),
+            ("version", _readable(self.version), _readable(found.version)),
         )
         return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if old != new)
 
@@ -84,14 +88,31 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: ``text`` is no plan, or one that does not cover its files.
+        """
         document = json.loads(text)
-        files = tuple(InputFile(**file) for file in document["files"])
-        shards = tuple(
-            Shard(index, files[number].uri, first_row, rows)
-            for index, (number, first_row, rows) in enumerate(document["shards"])
-        )
+        if not isinstance(document, dict) or not {"files", "shards"} <= document.keys():
+            raise ValueError("not an object with files and shards")
+        try:
+            files = tuple(InputFile(**file) for file in document["files"])
+            shards = tuple(
+                Shard(index, files[number].uri, first_row, rows)
+                for index, (number, first_row, rows) in enumerate(document["shards"])
+            )
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"files or shards of another form: {error}") from None
+        _check_covered(files, shards)
         return cls(files, shards)
+
+
+def _readable(version: str) -> str:
+    """A modification time as a time; an ETag as it is."""
+    if not _SECONDS.fullmatch(version):
+        return version
+    return datetime.fromtimestamp(float(version), UTC).isoformat()
 
 
 def fingerprint(files: Sequence[InputFile]) -> str:
@@ -112,6 +133,20 @@ def make_plan(files: Sequence[InputFile], *, shard_rows: int, shard_bytes: int) 
     if not shards and files:
         shards = [Shard(0, files[0].uri, 0, 0)]
     return Plan(tuple(files), tuple(shards))
+
+
+def _check_covered(files: Sequence[InputFile], shards: Sequence[Shard]) -> None:
+    """Refuse shards that are not, in order, each row of each file once."""
+    if not shards:
+        raise ValueError("no shards")
+    covered = dict.fromkeys((file.uri for file in files), 0)
+    for shard in shards:
+        if shard.first_row != covered[shard.uri]:
+            raise ValueError(f"shard {shard.index} does not start where the one before it ends")
+        covered[shard.uri] += shard.rows
+    for file in files:
+        if covered[file.uri] != file.rows:
+            raise ValueError(f"{covered[file.uri]} of {file.rows} rows of {file.uri} in shards")
 
 
 def _cut(

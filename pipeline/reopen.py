@@ -1,24 +1,22 @@
-"""reopen: rows of committed parts that are to be done again (``--retry``).
+"""reopen: rows that have a record and are to be done again (``--retry``).
 
 In: which records, by status or error code. Out: their shards are pending again, with every other
-record of theirs in the journal, so that nothing but those rows is generated. Safe to interrupt: a
-part goes only once its other records are written down.
+record of theirs in the journal, so that nothing but those rows is generated. Journals of shards
+that are pending anyway lose the records, too. Safe to interrupt: a part, or an object of a journal,
+goes only once its other records are written down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import storage
-from pipeline.commit import Destination, PartStats, part_uri, read_stats
+from pipeline.commit import Destination, PartStats, part_uri, read_part, read_stats
 from pipeline.errors import ConfigError, ErrorCode
-from pipeline.journal import Journal
-from pipeline.plan import Shard
-from pipeline.records import Outcome, Status, read_records
+from pipeline.journal import Journal, journaled_shards
+from pipeline.plan import Plan, Shard
+from pipeline.records import Outcome, Status
 
 _THREADS = 8
 _STATUSES = (Status.ERRORED, Status.EXPIRED)
@@ -42,13 +40,19 @@ def parse_retry(text: str) -> frozenset[str]:
 
 def reopen(
     to: Destination,
-    shards: Iterable[Shard],
+    plan: Plan,
+    done: Collection[int],
     what: Collection[str],
     confirm: Callable[[], None] = lambda: None,
 ) -> int:
-    """Reopen the records of ``shards``' parts whose status or error code is in ``what``.
+    """Reopen the records whose status or error code is in ``what``.
 
-    ``confirm`` is called before each part is deleted, and raises if the run is another driver's.
+    Args:
+        to: the run.
+        plan: its shards.
+        done: those that have a part; the others may have a journal.
+        what: statuses and error codes.
+        confirm: called before each change; raises if the run is another driver's.
 
     Returns:
         How many records there are to do again.
@@ -56,13 +60,16 @@ def reopen(
     Raises:
         StorageError: a part or a journal cannot be read or written; the others are as they should.
     """
-    by_index = {shard.index: shard for shard in shards}
-    touched = [stats for stats in read_stats(to.output_uri, by_index) if _has_any(stats, what)]
+    matches = _matching(what)
+    committed = [shard for shard in plan.shards if shard.index in done]
+    stats = read_stats(to.output_uri, [shard.index for shard in committed])
+    touched = [shard for shard, of in zip(committed, stats, strict=True) if _has_any(of, what)]
+    journaled = journaled_shards(to.output_uri).difference(done)
+    still_open = [shard for shard in plan.shards if shard.index in journaled]
     with ThreadPoolExecutor(_THREADS) as pool:
-        counts = pool.map(
-            lambda stats: _reopen_part(to, by_index[stats.shard], _matching(what), confirm), touched
-        )
-        return sum(counts)
+        of_parts = pool.map(lambda shard: _reopen_part(to, shard, matches, confirm), touched)
+        of_journals = pool.map(lambda shard: Journal(to, shard).drop(matches, confirm), still_open)
+        return sum(of_parts) + sum(of_journals)
 
 
 def _has_any(stats: PartStats, what: Collection[str]) -> bool:
@@ -82,11 +89,9 @@ def _reopen_part(
     matches: Callable[[Outcome], bool],
     confirm: Callable[[], None],
 ) -> int:
-    uri = part_uri(to.output_uri, shard.index)
-    records = read_records(pq.read_table(pa.BufferReader(storage.read_bytes(uri))))
+    records = read_part(to.output_uri, shard.index)
     kept = [record for record in records if not matches(record)]
+    Journal(to, shard).replace(kept, confirm)
     confirm()
-    Journal(to, shard).replace(kept)
-    confirm()
-    storage.delete(uri)
+    storage.delete(part_uri(to.output_uri, shard.index))
     return len(records) - len(kept)

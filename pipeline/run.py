@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
 """What a resumed run may be told to go on with: rows already done stay as they are."""
 _DELETED_AT_A_TIME = 100
-"""Parts of a discarded run between two looks at the lease."""
+"""Objects of a discarded run between two looks at the lease, where one request deletes them all."""
+_SHOWN_CHARACTERS = 80  # of a manifest that is none
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
 _SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
@@ -138,9 +139,7 @@ class Run:
         try:
             return Duplicates.from_parquet(storage.read_bytes(uri), self.plan.files)
         except (FileNotFoundError, ValueError, KeyError, pa.ArrowException) as error:
-            raise StorageError(
-                f"{uri} is missing or damaged ({error}); start over with --new-run"
-            ) from None
+            raise StorageError(_damaged(uri, error)) from None
 
     def _file(self, name: str) -> str:
         return storage.join(self.uri, name)
@@ -166,8 +165,8 @@ def open_run(
     Raises:
         ConfigError: ``accept_changed`` names another key.
         InputError: the output's bucket cannot be reached.
-        RunMismatchError: the folder holds a run of other input, model, seed or sampling, or what
-            is left of one.
+        RunMismatchError: the folder holds a run of other input, model, seed or sampling, or a
+            damaged one, or what is left of one.
         StorageError: the folder cannot be read.
     """
     _check_acceptable(accept_changed)
@@ -175,14 +174,38 @@ def open_run(
     uri = storage.absolute(config.output.uri).rstrip("/")
     storage.check_folder(uri)
     wanted = _manifest(config, profile, found.files)
-    saved = _load(uri)
-    if saved is not None and not new_run:
+    saved = _load(uri, new_run=new_run)
+    if saved is not None:
         return _resume(uri, saved, wanted, found.files, accept_changed)
     _check_leftovers(uri, new_run=new_run)
     limits = config.limits
     plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
+
+
+def check_not_emptied(config: JobConfig) -> None:
+    """Refuse an input of which no file is left, if the output folder holds a run of it.
+
+    Without files there is no input to compare with the run's; this names what it was planned for.
+
+    Raises:
+        InputError: input or output cannot be reached.
+        RunMismatchError: nothing is left of the run's input, or the run is damaged.
+        StorageError: a folder cannot be listed or read.
+    """
+    storage.check_reachable(config.input.uri)
+    storage.check_reachable(config.output.uri)
+    uri = storage.absolute(config.output.uri).rstrip("/")
+    if _load(uri, new_run=False) is None:
+        return
+    try:
+        there = {entry.uri for entry in storage.list_files(config.input.uri)}
+    except FileNotFoundError:
+        there = set()
+    planned = _load_plan(uri).files
+    if not any(file.uri in there for file in planned):
+        _check_same_files(uri, planned, ())
 
 
 def _resume(
@@ -365,39 +388,64 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
     parts = [entry.uri for entry in data if part_number(entry.uri) is not None]
     journal = [entry.uri for entry in storage.list_files(storage.join(uri, "_journal"))]
     doomed = [*parts, *journal]
-    for first in range(0, len(doomed), _DELETED_AT_A_TIME):
+    step = _DELETED_AT_A_TIME if storage.deletes_at_once(uri) else 1
+    for first in range(0, len(doomed), step):
         confirm()
-        storage.delete_all(doomed[first : first + _DELETED_AT_A_TIME])
+        storage.delete_all(doomed[first : first + step])
+    storage.remove_empty_folders(storage.join(uri, "_journal"))
     for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
         confirm()
         storage.delete(storage.join(uri, name))
 
 
-def _load(uri: str) -> dict[str, Any] | None:
+def _load(uri: str, *, new_run: bool) -> Mapping[str, Any] | None:
+    """The manifest of the run to go on with; None if there is none, or it is to be discarded.
+
+    Raises:
+        RunMismatchError: another program wrote it; or it is damaged, and not to be discarded.
+    """
     manifest_uri = storage.join(uri, "run.json")
     try:
         document = json.loads(storage.read_bytes(manifest_uri))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise StorageError(f"{manifest_uri} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        document, fault = None, str(error)
+    else:
+        fault = f"it holds {json.dumps(document)[:_SHOWN_CHARACTERS]}"
+    if not isinstance(document, Mapping) or not document:
+        if new_run:
+            return None
+        raise RunMismatchError(_damaged(manifest_uri, fault))
+    if not _is_manifest(document):
+        raise RunMismatchError(f"{manifest_uri} is not this program's; use another folder.")
+    return None if new_run else document
+
+
+def _is_manifest(document: Mapping[str, Any]) -> bool:
+    """Whether all is there that a resumed run asks for."""
     try:
         _identity(document)
+        return isinstance(document["input"], Mapping) and "name" in document["model"]
     except (KeyError, TypeError):
-        raise RunMismatchError(
-            f"{manifest_uri} is not this program's; use another folder."
-        ) from None
-    return dict(document)
+        return False
+
+
+def _damaged(uri: str, fault: object) -> str:
+    return (
+        f"{uri} is missing or damaged ({fault}). Put it back as it was, or start over with "
+        "--new-run, which discards what the folder holds."
+    )
 
 
 def _load_plan(uri: str) -> Plan:
     plan_uri = storage.join(uri, "_plan.json")
     try:
         return Plan.from_json(storage.read_bytes(plan_uri))
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{plan_uri} is missing or damaged ({error}); start over with --new-run"
-        ) from None
+    except FileNotFoundError:
+        raise RunMismatchError(_damaged(plan_uri, "there is no such object")) from None
+    except (ValueError, RecursionError) as error:
+        raise RunMismatchError(_damaged(plan_uri, error)) from None
 
 
 def _to_bytes(document: Mapping[str, Any]) -> bytes:

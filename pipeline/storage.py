@@ -353,6 +353,18 @@ def delete_all(uris: Collection[str]) -> None:
             _attempted(f"s3://{bucket}/{batch[0]}", f"delete {len(batch)} objects from", remove)
 
 
+def deletes_at_once(uri: str) -> bool:
+    """Whether ``delete_all`` is one request there, not a sequence of them."""
+    return get_protocol(uri) in _S3_PROTOCOLS
+
+
+def remove_empty_folders(uri: str) -> None:
+    """Remove the folder at ``uri`` with those below it if they are empty. Only disks have any."""
+    fs, path = _filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        local_files.remove_empty_folders(path)
+
+
 def exists(uri: str) -> bool:
     """Whether an object or folder is there, asked anew."""
 

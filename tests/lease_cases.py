@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ExitCode, LeaseLostError, RunBusyError, StorageError
-from pipeline.lease import Lease, LeaseRecord
+from pipeline.lease import Lease, LeaseRecord, LeaseState, check_not_driven
 
 _OWNER = """
 import sys, time
@@ -94,6 +94,29 @@ class LeaseCases:
             assert caught.value.exit_code is ExitCode.FAILED
             lease.confirm()
             assert lease.lost is None
+
+    def test_a_live_owner_is_seen_without_touching_the_lease(self, run_uri: str) -> None:
+        with self.acquire(run_uri) as lease:
+            with pytest.raises(RunBusyError, match=rf"pid {os.getpid()}, .*--wait"):
+                check_not_driven(run_uri, renewal_s=self.renewal_s)
+            assert record_at(run_uri).owner == lease.owner
+
+    def test_what_nobody_renews_is_not_refused_and_left_as_it_is(self, run_uri: str) -> None:
+        check_not_driven(run_uri, renewal_s=self.renewal_s)
+        assert not storage.exists(f"{run_uri}/_lease.json")
+        stale = LeaseRecord.new()
+        for record in (stale, stale.renewed(LeaseState.RELEASED)):
+            storage.put_bytes(f"{run_uri}/_lease.json", record.to_bytes())
+            check_not_driven(run_uri, renewal_s=self.renewal_s)
+            assert record_at(run_uri) == record
+
+    def test_a_lease_that_is_released_meanwhile_is_not_refused(self, run_uri: str) -> None:
+        lease = self.acquire(run_uri)
+        with ThreadPoolExecutor(1) as pool:
+            looking = pool.submit(check_not_driven, run_uri, renewal_s=10 * self.renewal_s)
+            time.sleep(self.renewal_s / 2)
+            lease.release()
+            looking.result(timeout=60)
 
     def test_a_released_lease_is_taken_at_once(self, run_uri: str) -> None:
         with self.acquire(run_uri) as first:

@@ -14,6 +14,7 @@ from pipeline.commit import (
     committed_shards,
     committed_stats,
     part_uri,
+    read_part,
     read_stats,
     summarize,
 )
@@ -25,6 +26,7 @@ FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
 PLAN = make_plan([FILE], shard_rows=40, shard_bytes=10**6)
 SHARD = Shard(0, FILE.uri, 0, 3)
 RUN = "run-1"
+CARRIED = pa.table({"l": range(3)})
 OUTCOMES: list[Outcome] = [
     Completion(0, "a", 0, "x", "stop", 10, 3, 2, 7, 1, 0.1),
     Completion(0, "a", 1, "y", "length", 10, 64, 0, 7, 2, 0.1),
@@ -125,4 +127,42 @@ def test_a_part_that_another_program_wrote_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"x": [1]}), uri.removeprefix("file://"))
     with pytest.raises(StorageError, match="not written by this program"):
+        read_stats(f"file://{tmp_path}", [0])
+
+
+@pytest.mark.parametrize("size", [0, 3, 11, 700])
+def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, size: int) -> None:
+    commit_outcomes(Destination(f"file://{tmp_path}", RUN, "m"), SHARD, OUTCOMES, CARRIED)
+    path = tmp_path / "data" / "part-000000.parquet"
+    path.write_bytes(path.read_bytes()[:size])
+    remedy = r"part-000000\.parquet is damaged .*delete it and run the command again"
+    with pytest.raises(StorageError, match=remedy):
+        read_stats(f"file://{tmp_path}", [0])
+    with pytest.raises(StorageError, match=remedy):
+        read_part(f"file://{tmp_path}", 0)
+
+
+def test_a_part_whose_pages_are_damaged_is_named_with_the_remedy(tmp_path: Path) -> None:
+    commit_outcomes(Destination(f"file://{tmp_path}", RUN, "m"), SHARD, OUTCOMES, CARRIED)
+    path = tmp_path / "data" / "part-000000.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(200) + content[204:])
+    with pytest.raises(StorageError, match=r"part-000000\.parquet is damaged"):
+        read_part(f"file://{tmp_path}", 0)
+
+
+def test_a_part_whose_footer_is_damaged_is_named_with_the_remedy(tmp_path: Path) -> None:
+    commit_outcomes(Destination(f"file://{tmp_path}", RUN, "m"), SHARD, OUTCOMES, CARRIED)
+    path = tmp_path / "data" / "part-000000.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:-300] + bytes(292) + content[-8:])
+    with pytest.raises(StorageError, match=r"damaged .*delete it and run the command again"):
+        read_stats(f"file://{tmp_path}", [0])
+
+
+def test_a_part_with_stats_of_another_form_is_named_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    part = pa.table({"x": [1]}).replace_schema_metadata({"maverick.part": '{"rowz": 1}'})
+    pq.write_table(part, tmp_path / "data" / "part-000000.parquet")
+    with pytest.raises(StorageError, match=r"damaged .*delete it and run the command again"):
         read_stats(f"file://{tmp_path}", [0])

@@ -46,6 +46,14 @@ def test_a_time_that_yaml_has_parsed_is_kept() -> None:
     assert resolve_deadline(text, started=STARTED) == datetime(2026, 11, 23, 6, 0, tzinfo=UTC)
 
 
+@pytest.mark.parametrize(
+    "day", ["2026-11-23", yaml.safe_load("2026-11-23")], ids=["text", "as YAML parses it"]
+)
+def test_a_day_is_refused_for_its_missing_time(day: Any) -> None:
+    with pytest.raises(ConfigError, match=r"limits\.deadline.*2026-11-23 is a day without a time"):
+        configured(day)
+
+
 @pytest.mark.parametrize("text", ["soon", "6", 6, "2026-11-23T06:00", "-5m", ""])
 def test_anything_else_is_refused_with_what_is_expected(text: Any) -> None:
     with pytest.raises(ConfigError, match=r"limits\.deadline.*a duration"):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.commit import Destination
+from pipeline.commit import Destination, read_stats
 from pipeline.expire import expire_shard
 from pipeline.fetch import ImageFetcher
 from pipeline.journal import Journal
@@ -64,6 +64,18 @@ def test_every_sample_without_a_completion_is_one_expired_record(to: Destination
     assert {r["error_code"] for r in records} == {"batch_expired"}
     assert records[1]["seed"] == derive_seed(7, "a", 1)
     assert {r["attempts"] for r in records} == {0}
+
+
+@pytest.mark.parametrize("journaled", [[], [(101, "b")], [(101, "b"), (102, "c")]])
+def test_no_row_counts_as_made_by_the_attempt(
+    to: Destination, journaled: list[tuple[int, str]]
+) -> None:
+    Journal(to, SHARD).append(
+        [Completion(row, key, 0, "text", "stop", 1, 1, 0, 0, 1, 0.1) for row, key in journaled]
+    )
+    expire(to)
+    (stats,) = read_stats(to.output_uri, [0])
+    assert (stats.rows["succeeded"], stats.taken_over) == (len(journaled), len(ROWS))
 
 
 def test_what_was_journaled_stays_and_the_journal_is_gone(to: Destination) -> None:

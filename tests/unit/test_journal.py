@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import Destination
-from pipeline.errors import ErrorCode
+from pipeline.errors import ErrorCode, LeaseLostError
 from pipeline.journal import Journal, clear_journals
 from pipeline.plan import Shard
 from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status
@@ -85,10 +85,35 @@ def test_an_object_that_is_no_entry_is_left_out_with_a_warning(
     assert "9-damaged.parquet is not a journal entry" in caplog.text
 
 
+def test_an_entry_whose_pages_are_damaged_is_left_out_with_a_warning(
+    to: Destination, caplog: pytest.LogCaptureFixture
+) -> None:
+    Journal(to, SHARD).append([completion(100)])
+    (path,) = objects(to)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(200) + content[204:])
+    assert Journal(to, SHARD).read() == []
+    assert "is not a journal entry" in caplog.text
+
+
 def test_replacing_leaves_exactly_what_is_given(to: Destination) -> None:
     Journal(to, SHARD).append([completion(100), completion(101)])
     Journal(to, SHARD).replace([completion(102)])
     assert Journal(to, SHARD).read() == [completion(102)]
+
+
+def test_a_replacement_that_is_cut_short_loses_no_record(to: Destination) -> None:
+    Journal(to, SHARD).append([completion(100), completion(101)])
+    answers = iter([True])
+
+    def relieved() -> None:
+        if not next(answers, False):
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        Journal(to, SHARD).replace([completion(101)], relieved)
+    found = Journal(to, SHARD).read()
+    assert sorted(outcome.key for outcome in found) == [(100, 0), (101, 0)]
 
 
 def test_entries_have_the_outputs_columns(to: Destination) -> None:
@@ -100,4 +125,24 @@ def test_the_end_of_a_run_removes_every_journal(to: Destination) -> None:
     for index in range(3):
         Journal(to, replace(SHARD, index=index)).append([completion(100)])
     clear_journals(to.output_uri)
-    assert not list(Path(to.output_uri.removeprefix("file://")).rglob("*.parquet"))
+    assert not list(Path(to.output_uri.removeprefix("file://")).iterdir())
+
+
+def test_what_is_not_a_journals_stays_with_its_folder(to: Destination) -> None:
+    Journal(to, SHARD).append([completion(100)])
+    folder = Path(to.output_uri.removeprefix("file://"))
+    (folder / "data").mkdir()
+    clear_journals(to.output_uri)
+    assert [path.name for path in folder.iterdir()] == ["data"]
+    clear_journals(to.output_uri)
+
+
+def test_a_late_attempt_can_write_after_another_cleared_the_shards_journal(
+    to: Destination,
+) -> None:
+    late = Journal(to, SHARD)
+    journal = Journal(to, SHARD)
+    journal.append([completion(100)])
+    journal.clear()
+    late.append([completion(101)])
+    assert Journal(to, SHARD).read() == [completion(101)]

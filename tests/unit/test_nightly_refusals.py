@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+from pipeline.lease import Lease
 
 
 def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -89,6 +92,72 @@ def test_a_ray_address_without_a_cluster_is_refused_in_seconds(
     assert (code, result["status"]) == (2, "invalid")
     assert "RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in result["error"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_driver_has_is_refused_before_a_cluster_is_asked(
+    tmp_path: Path, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # no cluster: who gets there is told that
+    uri = f"file://{tmp_path}/out"
+    with Lease.acquire(uri, wait=False, renewal_s=0.2):
+        code, result, stderr = run(tmp_path, good)
+        waiting, waited, _ = run(tmp_path, good, "--wait")
+    assert (code, result["status"], result["run"]) == (1, "failed", uri), stderr
+    assert f"is being run by another driver (host {socket.gethostname()}" in result["error"]
+    assert (waiting, waited["run"]) == (2, uri)
+    assert "RAY_ADDRESS" in waited["error"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_lease.json"]
+
+
+@pytest.fixture
+def finished(tmp_path: Path, good: dict[str, Any]) -> dict[str, Any]:
+    """A finished run of an input without rows, which takes no cluster."""
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "in" / "a.parquet")
+    code, _, stderr = run(tmp_path, good)
+    assert code == 0, stderr
+    return good
+
+
+def test_a_change_accepted_for_a_finished_run_is_told_to_change_nothing_but_with_retry(
+    tmp_path: Path, finished: dict[str, Any]
+) -> None:
+    manifest = tmp_path / "out" / "run.json"
+    before = manifest.read_bytes()
+    change = ("--set", "seed=8", "--accept-changed", "seed")
+    code, _, stderr = run(tmp_path, finished, *change)
+    assert code == 0, stderr
+    assert "--accept-changed changes nothing" in stderr
+    assert manifest.read_bytes() == before
+    code, _, stderr = run(tmp_path, finished, *change, "--retry", "expired")
+    assert code == 0, stderr
+    assert "--accept-changed changes nothing" not in stderr
+    (entry,) = json.loads(manifest.read_bytes())["history"]
+    assert (entry["key"], entry["from"], entry["to"]) == ("seed", 0, 8)
+    assert run(tmp_path, finished, "--set", "seed=8")[0] == 0
+
+
+@pytest.mark.parametrize("left", [[], ["readme.txt"], ["b.parquet"]])
+def test_an_input_that_was_emptied_under_its_run_is_told_as_that(
+    tmp_path: Path, finished: dict[str, Any], left: list[str]
+) -> None:
+    (tmp_path / "in" / "a.parquet").unlink()
+    for name in left:
+        (tmp_path / "in" / name).write_text("no Parquet")
+    code, result, _ = run(tmp_path, finished)
+    assert (code, result["status"]) == (2, "invalid")
+    assert f"the run in file://{tmp_path}/out was planned for: 1 file gone" in result["error"]
+    assert f"{tmp_path}/in/a.parquet" in result["error"]
+    code, result, _ = run(tmp_path, finished, "--new-run")
+    assert (code, "planned for" in result["error"]) == (2, False)
+
+
+def test_an_unreadable_input_beside_the_runs_own_is_named_itself(
+    tmp_path: Path, finished: dict[str, Any]
+) -> None:
+    (tmp_path / "in" / "b.parquet").write_text("no Parquet")
+    code, result, _ = run(tmp_path, finished)
+    assert code == 2
+    assert "b.parquet: is not a readable Parquet file" in result["error"]
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

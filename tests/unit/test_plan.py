@@ -1,7 +1,8 @@
 """Plans: every row in exactly one shard, whatever the files; the same input gives the same plan."""
 
+import json
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -10,6 +11,9 @@ from pipeline.plan import InputFile, Plan, fingerprint, make_plan
 
 def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
     return InputFile(f"s3://b/{name}.parquet", rows * row_bytes, "v1", rows, rows * row_bytes)
+
+
+FILE = asdict(file("a", 5))
 
 
 def covered(plan: Plan) -> dict[str, list[int]]:
@@ -68,6 +72,28 @@ def test_a_saved_plan_comes_back_the_same() -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize(
+    ("document", "fault"),
+    [
+        (None, "not an object"),
+        ([], "not an object"),
+        ({"files": []}, "files and shards"),
+        ({"files": [], "shards": []}, "no shards"),
+        ({"files": [FILE], "shards": 3}, "another form"),
+        ({"files": [FILE], "shards": [[0, 0]]}, "not enough values"),
+        ({"files": [FILE], "shards": [[1, 0, 5]]}, "another form"),
+        ({"files": [{"uri": "a"}], "shards": [[0, 0, 5]]}, "another form"),
+        ({"files": [FILE], "shards": [[0, 0, 2], [0, 3, 2]]}, "shard 1 does not start"),
+        ({"files": [FILE], "shards": [[0, 0, 2], [0, 0, 3]]}, "shard 1 does not start"),
+        ({"files": [FILE], "shards": [[0, 0, 2]]}, "2 of 5 rows"),
+        ({"files": [FILE], "shards": [[0, 0, 9]]}, "9 of 5 rows"),
+    ],
+)
+def test_what_is_no_whole_plan_is_refused_with_the_fault(document: object, fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        Plan.from_json(json.dumps(document))
+
+
 def test_the_fingerprint_follows_every_file() -> None:
     files = [file("a", 100), file("b", 100)]
     assert fingerprint(files) == fingerprint(list(files))
@@ -79,4 +105,8 @@ def test_what_changed_of_a_file_is_named_old_to_new() -> None:
     planned = InputFile("s3://b/a.parquet", 10, "v1", 2, 100)
     assert planned.changes(replace(planned, size=20, rows=3)) == "size 10 -> 20, rows 2 -> 3"
     assert planned.changes(replace(planned, version="v2")) == "version v1 -> v2"
+    local = replace(planned, version="1795390200.25")
+    assert local.changes(replace(local, version="1.0")) == (
+        "version 2026-11-22T23:30:00.250000+00:00 -> 1970-01-01T00:00:01+00:00"
+    )
     assert planned.changes(planned) == ""

@@ -14,6 +14,7 @@ from pipeline.reopen import parse_retry, reopen
 
 FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
 PLAN = make_plan([FILE], shard_rows=50, shard_bytes=10**6)
+ALL = range(len(PLAN.shards))
 
 
 def completion(row: int, sample: int = 0) -> Completion:
@@ -59,7 +60,7 @@ def test_just_the_asked_records_are_open_again(
     to: Destination, words: str, reopened: set[SampleKey]
 ) -> None:
     first, *others = PLAN.shards
-    assert reopen(to, PLAN.shards, parse_retry(words)) == len(reopened)
+    assert reopen(to, PLAN, ALL, parse_retry(words)) == len(reopened)
     assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in others}
     everything = {*((row, 0) for row in range(first.rows)), (3, 1)}
     assert journaled(to, first) == everything - reopened
@@ -67,29 +68,77 @@ def test_just_the_asked_records_are_open_again(
 
 
 def test_kept_records_are_as_they_were(to: Destination) -> None:
-    reopen(to, PLAN.shards, {"errored"})
+    reopen(to, PLAN, ALL, {"errored"})
     kept = {outcome.key: outcome for outcome in Journal(to, PLAN.shards[0]).read()}
     assert kept[0, 0] == completion(0)
     assert kept[3, 1] == failure(3, ErrorCode.BATCH_EXPIRED, sample=1)
 
 
 def test_nothing_matches_and_nothing_is_touched(to: Destination) -> None:
-    assert reopen(to, PLAN.shards, {"engine_fatal"}) == 0
+    assert reopen(to, PLAN, ALL, {"engine_fatal"}) == 0
     assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in PLAN.shards}
 
 
 def test_what_a_broken_off_attempt_had_journaled_does_not_come_back(to: Destination) -> None:
     first = PLAN.shards[0]
     Journal(to, first).append([failure(1, ErrorCode.TIMEOUT)])
-    reopen(to, PLAN.shards, {"timeout"})
+    reopen(to, PLAN, ALL, {"timeout"})
     assert (1, 0) not in journaled(to, first)
 
 
 def test_reopening_again_after_a_crash_in_between_gives_the_same(to: Destination) -> None:
     first = PLAN.shards[0]
     Journal(to, first).replace([completion(0)])  # died before the part was deleted
-    reopen(to, PLAN.shards, {"timeout"})
+    reopen(to, PLAN, ALL, {"timeout"})
     assert len(journaled(to, first)) == first.rows
+
+
+@pytest.mark.parametrize(
+    ("words", "reopened"),
+    [("timeout", {(11, 0)}), ("expired", {(12, 1)}), ("errored", {(11, 0), (13, 0)})],
+)
+def test_records_in_journals_of_open_shards_are_done_again_too(
+    tmp_path: Path, words: str, reopened: set[SampleKey]
+) -> None:
+    to = Destination(f"file://{tmp_path}", "run-1", "m")
+    first, second, *_ = PLAN.shards
+    journal = Journal(to, first)
+    journal.append([completion(10), failure(11, ErrorCode.TIMEOUT)])
+    journal.append([failure(12, ErrorCode.BATCH_EXPIRED, sample=1)])
+    journal.append([failure(13, ErrorCode.ENGINE_FATAL)])
+    Journal(to, second).append([completion(second.first_row)])
+    untouched = stored(tmp_path / "_journal" / "000001")
+    assert reopen(to, PLAN, [], parse_retry(words)) == len(reopened)
+    assert journaled(to, first) == {(10, 0), (11, 0), (12, 1), (13, 0)} - reopened
+    kept = {outcome.key: outcome for outcome in Journal(to, first).read()}
+    assert kept[10, 0] == completion(10)
+    assert stored(tmp_path / "_journal" / "000001") == untouched
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("confirmed", [0, 1])
+def test_a_driver_that_was_relieved_takes_nothing_out_of_a_journal(
+    tmp_path: Path, confirmed: int
+) -> None:
+    to = Destination(f"file://{tmp_path}", "run-1", "m")
+    first = PLAN.shards[0]
+    Journal(to, first).append([completion(10), failure(11, ErrorCode.TIMEOUT)])
+    before = stored(tmp_path / "_journal" / "000000")
+    answers = iter([True] * confirmed)
+
+    def relieved() -> None:
+        if not next(answers, False):
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        reopen(to, PLAN, [], {"timeout"}, relieved)
+    after = stored(tmp_path / "_journal" / "000000")
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + confirmed
+    assert journaled(to, first) == {(10, 0), (11, 0)}
 
 
 def test_a_driver_that_was_relieved_deletes_no_part(to: Destination) -> None:
@@ -97,7 +146,7 @@ def test_a_driver_that_was_relieved_deletes_no_part(to: Destination) -> None:
         raise LeaseLostError("taken over")
 
     with pytest.raises(LeaseLostError):
-        reopen(to, PLAN.shards, {"errored"}, relieved)
+        reopen(to, PLAN, ALL, {"errored"}, relieved)
     assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in PLAN.shards}
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import parse_config
-from pipeline.errors import ConfigError, RunMismatchError, StorageError
+from pipeline.errors import ConfigError, LeaseLostError, RunMismatchError, StorageError
 from pipeline.plan import FirstUse
 from pipeline.profile import load_profile
 from pipeline.read import open_input
@@ -141,7 +141,7 @@ def test_a_file_that_changed_under_the_run_is_named_with_old_and_new(folder: Pat
     message = str(caught.value)
     assert re.search(
         r"1 file changed: \S+/in/a\.parquet "
-        r"\(size \d+ -> \d+, rows 2 -> 3, version [\d.]+ -> 1\.0\)",
+        r"\(size \d+ -> \d+, rows 2 -> 3, version 20\S+ -> 1970-01-01T00:00:01\+00:00\)",
         message,
     )
     assert "--new-run" in message
@@ -281,6 +281,30 @@ def test_a_new_run_that_fails_while_discarding_has_taken_the_manifest_away(folde
     assert not {"_SUCCESS", "run.json"} & stored(folder / "out")
 
 
+@pytest.mark.parametrize("confirmed", range(2, 8))
+def test_a_driver_that_was_relieved_while_discarding_deletes_no_more(
+    folder: Path, confirmed: int
+) -> None:
+    fill(folder)
+    for number in range(1, 5):
+        (folder / "out" / "data" / f"part-{number:06d}.parquet").write_bytes(b"old")
+    run = settle(folder, new_run=True)
+    answers = iter([True] * confirmed)
+    relieved_with: list[set[str]] = []
+
+    def confirm() -> None:
+        if not next(answers, False):
+            relieved_with.append(stored(folder / "out"))
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        run.start(confirm)
+    (left,) = relieved_with
+    assert stored(folder / "out") == left
+    doomed = [name for name in left if name.startswith(("data/part", "_journal"))]
+    assert len(doomed) == 6 - (confirmed - 1)
+
+
 def test_a_file_of_others_that_came_before_the_start_is_not_discarded(folder: Path) -> None:
     fill(folder)
     run = settle(folder, new_run=True)
@@ -338,6 +362,62 @@ def test_a_manifest_of_others_is_never_replaced(folder: Path, new_run: bool) -> 
     (folder / "out" / "run.json").write_text('{"steps": 3}')
     with pytest.raises(RunMismatchError, match=r"run\.json is not this program's"):
         settle(folder, new_run=new_run)
+
+
+DAMAGED = [b"", b"null", b"[]", b"{}", b"7", b'{"id": "a", "con', b"\xff\x00PAR1", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_manifest_is_named_with_the_remedy_which_works(
+    folder: Path, content: bytes
+) -> None:
+    fill(folder)
+    (folder / "out" / "run.json").write_bytes(content)
+    with pytest.raises(RunMismatchError, match=r"out/run\.json is .*damaged .*--new-run") as caught:
+        settle(folder)
+    assert len(str(caught.value)) < 500
+    settle(folder, new_run=True).start()
+    assert stored(folder / "out") == FOREIGN | {"run.json", "_plan.json"}
+    assert settle(folder).exists
+
+
+@pytest.mark.parametrize("key", ["input", "model", "config"])
+def test_a_manifest_without_what_a_resumed_run_asks_for_is_no_defect(
+    folder: Path, key: str
+) -> None:
+    settle(folder).start()
+    document = {**manifest(folder), key: "?"}
+    (folder / "out" / "run.json").write_text(json.dumps(document))
+    with pytest.raises(RunMismatchError, match=r"run\.json is not this program's"):
+        settle(folder)
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, b'{"files": []}', b'{"files": [], "shards": []}'])
+def test_a_damaged_plan_is_named_with_the_remedy_which_works(folder: Path, content: bytes) -> None:
+    fill(folder)
+    (folder / "out" / "_plan.json").write_bytes(content)
+    with pytest.raises(RunMismatchError, match=r"out/_plan\.json is .*damaged .*--new-run"):
+        settle(folder)
+    settle(folder, new_run=True).start()
+    assert settle(folder).exists
+
+
+def test_a_lost_plan_is_named_with_the_remedy(folder: Path) -> None:
+    settle(folder).start()
+    (folder / "out" / "_plan.json").unlink()
+    with pytest.raises(RunMismatchError, match=r"_plan\.json is missing .*--new-run"):
+        settle(folder)
+
+
+def test_a_plan_without_its_last_shard_is_damaged_not_the_part_of_that_shard(folder: Path) -> None:
+    settle(folder, limits={"shard_rows": 1}).start()
+    path = folder / "out" / "_plan.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps({**plan, "shards": plan["shards"][:-1]}))
+    (folder / "out" / "data").mkdir()
+    (folder / "out" / "data" / "part-000001.parquet").write_bytes(b"x")
+    with pytest.raises(RunMismatchError, match=r"_plan\.json is .*1 of 2 rows .*a\.parquet"):
+        settle(folder)
 
 
 def test_rows_that_repeat_an_id_are_found_once_and_saved_with_the_run(folder: Path) -> None:

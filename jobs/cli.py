@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from pipeline import redact
 from pipeline.errors import ConfigError, PipelineError, UsageError
 from pipeline.report import Result, RunStatus, total
 
@@ -100,10 +101,11 @@ def run_job(
             log.exception("this is a defect; please report it with the lines below")
             message = f"unexpected {type(error).__name__}: {error}"
             result = _failure(RunStatus.FAILED, message, started)
-        if result.error:
-            sys.stderr.write(f"{result.status}: {result.error}\n")
+        document = result.to_json()
+        if "error" in document:
+            sys.stderr.write(f"{result.status}: {document['error']}\n")
         sys.stderr.flush()
-        print_result(json.dumps(result.to_json()))
+        print_result(json.dumps(document))
     return int(result.exit_code)
 
 
@@ -178,8 +180,8 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    redact.configure_logging(
+        logging.WARNING, "%(asctime)s %(levelname)s %(message)s", times="%H:%M:%S"
     )
     for name in ("pipeline", "jobs", "__main__"):  # a job run with -m logs as __main__
         logging.getLogger(name).setLevel(logging.INFO)

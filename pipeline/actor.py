@@ -23,6 +23,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
+from pipeline import redact
 from pipeline.commit import Destination, PartStats, commit_outcomes, committed_stats
 from pipeline.engine import Engine, EngineSpec
 from pipeline.errors import EngineError
@@ -69,7 +70,7 @@ class ReplicaActor:
     """A Ray Data actor that holds one replica."""
 
     def __init__(self, spec: ReplicaSpec, roster: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        redact.configure_logging(logging.INFO, "%(levelname)s %(name)s: %(message)s")
         self._spec = spec
         self._open = _OpenShards()
         self._heart = _Heart(roster, self._open)

@@ -31,6 +31,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import redact
 from pipeline.actor import ReplicaActor, ReplicaSpec
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats
@@ -357,10 +358,15 @@ def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
     return ray.data.read_datasource(ShardSource(spec, shards), override_num_blocks=len(shards))
 
 
+def _prepare(block: pa.Table, spec: PrepareSpec) -> pa.Table:
+    redact.configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+    return prepare_block(block, spec=spec)
+
+
 def _dataset(spec: FlowSpec, shards: Sequence[Shard], roster: Any) -> ray.data.Dataset:
     _configure_ray_data()
     prepared = _read(spec, shards).map_batches(
-        partial(prepare_block, spec=spec.prepare), batch_size=None, batch_format="pyarrow"
+        partial(_prepare, spec=spec.prepare), batch_size=None, batch_format="pyarrow"
     )
     return prepared.map_batches(
         ReplicaActor,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline import redact
 from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
 from pipeline.sampling import Sampling
@@ -261,7 +262,7 @@ def prepared_block(
         ],
         "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
         "error_code": [item and str(item.code) for item in failed],
-        "error_message": [item and _encodable(item.message) for item in failed],
+        "error_message": [item and _told(item.message) for item in failed],
     }
     columns = {name: pa.array(values[name], type_) for name, type_ in _PREPARED_FIELDS}
     return pa.table({**columns, "carried": _to_struct(carried, len(items))})
@@ -368,7 +369,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
             "total_tokens": outcome.prompt_tokens,
             "cached_tokens": 0,
             "error_code": outcome.code,
-            "error_message": _encodable(outcome.message),
+            "error_message": _told(outcome.message),
         }
     return {
         **common,
@@ -381,7 +382,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "logprobs": outcome.logprobs and [asdict(token) for token in outcome.logprobs],
         "tool_calls": [asdict(call) for call in outcome.tool_calls] or None,
         "error_code": outcome.code,
-        "error_message": outcome.message and _encodable(outcome.message),
+        "error_message": outcome.message and _told(outcome.message),
     }
 
 
@@ -422,9 +423,10 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob,
     )
 
 
-def _encodable(message: str) -> str:
-    """Messages quote what users wrote, at any length, lone surrogates included."""
-    return message[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
+def _told(message: str) -> str:
+    """Messages quote what users wrote, at any length, lone surrogates and secrets included."""
+    shown = message[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
+    return redact.text(shown)
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline import storage
+from pipeline import redact, storage
 from pipeline.commit import PartStats
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.records import Status
@@ -91,7 +91,7 @@ class Result:
         """The contract's object: one line on stdout."""
         document: dict[str, Any] = {
             "status": self.status,
-            "run": self.run,
+            "run": self.run and redact.text(self.run),
             "rows": {"total": self.rows_total, **self.totals.rows},
             "tokens": dict(self.totals.tokens),
             "seconds": round(self.seconds, 3),
@@ -99,7 +99,7 @@ class Result:
             "generated_rows": self.generated_rows,
         }
         if self.error is not None:
-            document["error"] = self.error
+            document["error"] = redact.text(self.error)
         return {**document, **self.details}
 
 

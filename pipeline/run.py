@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import __version__, storage
+from pipeline import __version__, redact, storage
 from pipeline.commit import committed_shards, part_number
 from pipeline.config import JobConfig
 from pipeline.duplicates import Duplicates, find_duplicates
@@ -48,8 +47,6 @@ _DELETED_AT_A_TIME = 100
 _SHOWN_CHARACTERS = 80  # of a manifest that is none
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
-_SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
-_REDACTED = "***"
 
 
 @dataclass(frozen=True)
@@ -230,30 +227,19 @@ def _resume(
     )
 
 
-def redacted(value: Any, name: str = "") -> Any:
-    """A copy of ``value`` without what is stored under secret-sounding names."""
-    if isinstance(value, Mapping):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    if isinstance(value, str) and value and _SECRET_NAME.search(name):
-        return _REDACTED
-    return value
-
-
 def _manifest(
     config: JobConfig, profile: EngineProfile, files: Sequence[InputFile]
 ) -> dict[str, Any]:
     model = locate_model(profile.model)
     return {
-        "config": redacted(config.model_dump(mode="json")),
-        "engine": redacted(profile.model_dump(mode="json")),
+        "config": redact.manifest(config.model_dump(mode="json")),
+        "engine": redact.manifest(profile.model_dump(mode="json")),
         "model": {
             "name": model_name(model),
             "revision": model_revision(model, profile.revision),
         },
         "input": {
-            "uri": config.input.uri,
+            "uri": redact.manifest(config.input.uri),
             "files": len(files),
             "rows": sum(file.rows for file in files),
             "fingerprint": fingerprint(files),

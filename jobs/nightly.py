@@ -66,6 +66,7 @@ from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
 from pipeline.run import Run, check_not_emptied, open_run
 from pipeline.watch import Reason, Watch
+from pipeline.web import WebFetcher
 
 if TYPE_CHECKING:
     from pipeline.flow import FlowSpec
@@ -501,7 +502,7 @@ def _flow_spec(job: Job) -> FlowSpec:
         sampling=config.sampling,
         run_seed=config.seed,
         max_image_pixels=limits.max_image_pixels,
-        fetcher=ImageFetcher(job.root, limits.max_image_bytes, limits.image_fetch_concurrency),
+        fetcher=_fetcher(job),
     )
     sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
     replica = ReplicaSpec(
@@ -526,6 +527,18 @@ def _flow_spec(job: Job) -> FlowSpec:
         needs=profile.needs,
         stall_s=limits.stall_s,
         drain_s=limits.drain_s,
+    )
+
+
+def _fetcher(job: Job) -> ImageFetcher:
+    images, limits = job.config.images, job.config.limits
+    most, concurrency = limits.max_image_bytes, limits.image_fetch_concurrency
+    return ImageFetcher(
+        root=job.root,
+        max_bytes=most,
+        concurrency=concurrency,
+        roots=tuple(storage.absolute(root) for root in images.roots),
+        web=WebFetcher(tuple(images.domains), most, images.timeout_s, concurrency),
     )
 
 

@@ -20,6 +20,7 @@ from pipeline.sampling import SamplingDefaults
 from pipeline.validation import describe
 
 Columns = dict[str, str]
+_WEB_HOST = r"^(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$"
 
 
 class _Section(BaseModel):
@@ -53,6 +54,18 @@ class EngineSection(_Section):
     """Number of engines (model copies) that work side by side."""
     overrides: dict[str, Any] = {}
     """vLLM engine arguments that replace the profile's, checked against vLLM's own names."""
+
+
+class ImagesSection(_Section):
+    """Where the images that rows name by URI may lie, beside the input's own bucket or folder."""
+
+    roots: list[str] = []
+    """Further folders or buckets, read recursively: s3://bucket/folder, gs://, a path."""
+    domains: list[Annotated[str, Field(pattern=_WEB_HOST)]] = []
+    """Web hosts (http, https): a name, *.name for all below it, name:port. Empty: none. Hosts whose
+    addresses are not public are refused all the same."""
+    timeout_s: Annotated[float, Field(gt=0)] = 30
+    """Seconds for one image of a web host, redirects and retries included."""
 
 
 class LimitsSection(_Section):
@@ -102,6 +115,8 @@ class JobConfig(_Section):
     """Request parameters of rows that say nothing."""
     engine: EngineSection
     """Which engine, and how many of it."""
+    images: ImagesSection = ImagesSection()
+    """Where images may lie."""
     limits: LimitsSection = LimitsSection()
     """Bounds on rows, images and errors."""
 

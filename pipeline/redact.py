@@ -20,7 +20,8 @@ _SECRET_NAME = re.compile(
 _SHORTEST_SECRET = 8
 """Characters: shorter values would turn up in plain words, and be taken out there."""
 _USER = re.compile(r"(?<=://)[^/\s@\"']*@")
-_QUERY = re.compile(r"((?:://|data:)[^\s\"'?]*)\?[^\s\"'?]*=[^\s\"']*")
+_QUERY = re.compile(r"(?i)(https?://[^\s\"'?]*|://[^\s\"'?]*(?=\?[^\s\"'?]*=))\?[^\s\"']*")
+"""Of the web always, else only with a = in it: a glob may hold a question mark."""
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9._~+/=-]{8,}")
 
 

@@ -150,7 +150,7 @@ def _image_uris(folder: Path) -> Iterator[Case]:
         ("bad-base64", "data:image/png;base64,!!!!", Code.IMAGE_INVALID),
         ("html", "data:text/html;base64," + base64.b64encode(b"<p>").decode(), Code.IMAGE_INVALID),
         ("not-base64", "data:image/png,abc", Code.INVALID_MESSAGES),
-        ("web", f"http://169.254.169.254/{PLANTED}?key={PLANTED}", Code.IMAGE_FORBIDDEN),
+        ("web", f"http://169.254.169.254/x?{PLANTED}", Code.IMAGE_FORBIDDEN),
         ("no-url", None, Code.INVALID_MESSAGES),
     ]:
         part = {"type": "image_url", "image_url": {"url": url}}

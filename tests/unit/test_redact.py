@@ -30,6 +30,7 @@ def environment(**variables: str) -> Iterator[None]:
         ("s3://b/x.png?X-Amz-Signature=abc&y=1", "s3://b/x.png?***"),
         ("see https://me:pw@host/x now", "see https://host/x now"),
         ("'https://host/?token=abc', too", "'https://host/?***', too"),
+        ("https://host/x?abc", "https://host/x?***"),
         ("Authorization: Bearer abcdefghij.k", "Authorization: Bearer ***"),
         ("glob s3://b/part-?.parquet stays", "glob s3://b/part-?.parquet stays"),
         ("what? a=b stays", "what? a=b stays"),

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.errors import ConfigError, PipelineError, UsageError
+from pipeline.redact import RedactingFormatter, redacted, redacted_text
 from pipeline.report import Result, RunStatus, total
 
 log = logging.getLogger(__name__)
@@ -97,9 +98,9 @@ def run_job(
             message = f"unexpected {type(error).__name__}: {error}"
             result = _without_run(RunStatus.FAILED, message, started)
         if result.error:
-            sys.stderr.write(f"{result.status}: {result.error}\n")
+            sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
         sys.stderr.flush()
-        print_result(json.dumps(result.to_json()))
+        print_result(json.dumps(redacted(result.to_json())))
     return int(result.exit_code)
 
 
@@ -168,8 +169,10 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("pipeline", "jobs", "__main__"):  # a job run with -m logs as __main__
         logging.getLogger(name).setLevel(logging.INFO)

@@ -87,6 +87,17 @@ class LimitsSection(_Section):
     """Images fetched at a time by one prepare task."""
 
 
+class ImagesSection(_Section):
+    """Which images rows may name by URI, beside those in the input's own bucket or folder."""
+
+    roots: list[str] = []
+    """Further folders or buckets that may be read, e.g. s3://photos/public."""
+    domains: list[str] = []
+    """Web hosts that may be read: name, *.name (hosts below it) or name:port; empty = none."""
+    timeout_s: Annotated[float, Field(gt=0)] = 30
+    """Seconds one image may take from a web host, with redirects and attempts."""
+
+
 class JobConfig(_Section):
     """One batch-inference run."""
 
@@ -102,6 +113,8 @@ class JobConfig(_Section):
     """Request parameters of rows that say nothing."""
     engine: EngineSection
     """Which engine, and how many of it."""
+    images: ImagesSection = ImagesSection()
+    """Which images rows may name by URI."""
     limits: LimitsSection = LimitsSection()
     """Bounds on rows, images and errors."""
 

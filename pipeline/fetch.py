@@ -2,22 +2,26 @@
 
 In: URIs as rows give them, and the input's root. Out: bytes per URI, or the ``RowError`` of that
 URI. A URI that many rows share is fetched once. Only the input's own bucket (or folder, for local
-files) may be read: a row must not reach what its author could not.
+files), the config's further roots and its web hosts (``web``) may be read: a row must not reach
+what its author could not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.errors import ErrorCode, RowError, StorageError
+from pipeline.redact import redacted_text
+from pipeline.web import SCHEMES, WebReader, too_large
 
-_FILE = "file://"
 Fetched = bytes | RowError
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ALIASES = {"s3a": "s3", "local": "file"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +32,22 @@ class ImageFetcher:
     """Folder of the input: relative URIs start here."""
     max_bytes: int
     concurrency: int
+    roots: tuple[str, ...] = ()
+    """Further folders or buckets that may be read."""
+    web: WebReader | None = None
+    """Reads http(s) URIs; None: there are no such hosts."""
 
     def fetch(self, uris: Iterable[str]) -> Mapping[str, Fetched]:
         """Each distinct URI's bytes, or why it could not be had."""
         distinct = list(dict.fromkeys(uris))
         if not distinct:
             return {}
-        with ThreadPoolExecutor(min(self.concurrency, len(distinct))) as pool:
-            return dict(zip(distinct, pool.map(self._fetch_one, distinct), strict=True))
+        online = [uri for uri in distinct if self.web is not None and _scheme(uri) in SCHEMES]
+        stored = [uri for uri in distinct if uri not in set(online)]
+        with ThreadPoolExecutor(min(self.concurrency, len(distinct)) + 1) as pool:
+            answers = pool.submit(self.web.read, online) if self.web and online else None
+            found = dict(zip(stored, pool.map(self._fetch_one, stored), strict=True))
+            return {**found, **(answers.result() if answers else {})}
 
     def _fetch_one(self, uri: str) -> Fetched:
         try:
@@ -43,33 +55,57 @@ class ImageFetcher:
         except RowError as error:
             return error
         except (OSError, ValueError) as error:  # a path that no file system takes
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {uri}: {error}")
+            message = f"image {uri}: {error}"
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(message))
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
-        if "\0" in uri:
-            raise _forbidden(uri, "it holds a NUL character")
+        if _CONTROL.search(uri):
+            raise _forbidden(uri, "it holds a control character")
+        if "::" in uri:  # fsspec takes it for a chain of drivers, each of which reads what it likes
+            raise _forbidden(uri, "it holds ::")
+        if _scheme(uri) in SCHEMES:
+            reason = "add its host to the config's images.domains, or put its bytes into the row"
+            raise _forbidden(uri, reason)
         if "://" not in uri and not uri.startswith("/"):
             target = storage.join(self.root, uri)
         else:
             target = storage.absolute(uri)
-        wanted, allowed = urlsplit(target), urlsplit(self.root)
-        if (wanted.scheme, wanted.netloc) != (allowed.scheme, allowed.netloc):
-            raise _forbidden(uri, f"only {allowed.scheme}://{allowed.netloc} may be read")
-        if allowed.scheme != "file":
-            return target
-        inside = Path(self.root.removeprefix(_FILE)).resolve()
-        if not Path(target.removeprefix(_FILE)).resolve().is_relative_to(inside):
-            raise _forbidden(uri, f"it is outside of {inside}")
-        return target
+        scheme, path = _parts(target)
+        if scheme == "file":
+            return self._resolve_file(path, uri)
+        segments = _segments(path, uri)
+        allowed = [_own_bucket(self.root), *(_parts(root) for root in self.roots)]
+        if not any(
+            scheme == kind and segments[: len(inside)] == inside
+            for kind, inside in ((kind, _segments(base.rstrip("/"), uri)) for kind, base in allowed)
+        ):
+            raise _forbidden(uri, f"only {self._named_roots()} may be read")
+        return f"{scheme}://{'/'.join(segments)}"
+
+    def _resolve_file(self, path: str, uri: str) -> str:
+        roots = [_parts(storage.absolute(root)) for root in (self.root, *self.roots)]
+        folders = [Path(base).resolve() for kind, base in roots if kind == "file"]
+        target = Path(path)
+        resolved = target.resolve()
+        if not target.is_absolute() or not any(resolved.is_relative_to(each) for each in folders):
+            raise _forbidden(uri, f"it is outside of {self._named_roots()}")
+        if resolved.exists() and not resolved.is_file():  # a pipe or device could be read for ever
+            raise _forbidden(uri, "it is no regular file")
+        return f"file://{resolved}"
+
+    def _named_roots(self) -> str:
+        scheme, inside = _own_bucket(self.root)
+        return ", ".join([f"{scheme}://{inside}", *self.roots])
 
     def _read(self, target: str, uri: str) -> bytes:
         try:
             data = storage.read_bytes(target, limit=self.max_bytes + 1)
         except FileNotFoundError:
-            raise RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {uri}") from None
+            message = f"no image at {uri}"
+            raise RowError(ErrorCode.IMAGE_NOT_FOUND, redacted_text(message)) from None
         except StorageError as error:
-            raise RowError(ErrorCode.IMAGE_FETCH_FAILED, str(error)) from None
+            raise RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(str(error))) from None
         return data
 
 
@@ -80,9 +116,7 @@ def check_size(data: bytes, max_bytes: int) -> bytes:
         RowError: ``image_too_large``.
     """
     if len(data) > max_bytes:
-        raise RowError(
-            ErrorCode.IMAGE_TOO_LARGE, f"image is larger than limits.max_image_bytes = {max_bytes}"
-        )
+        raise too_large(max_bytes)
     return data
 
 
@@ -99,5 +133,35 @@ def input_root(uri: str, first_file: str) -> str:
     return absolute
 
 
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].strip().lower()
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    """Scheme, aliases resolved, and the rest of an absolute URI."""
+    scheme, _, rest = uri.partition("://")
+    return _ALIASES.get(scheme.lower(), scheme.lower()), rest
+
+
+def _own_bucket(root: str) -> tuple[str, str]:
+    """What may be read without being named: the bucket, of local files the folder."""
+    scheme, path = _parts(root)
+    return scheme, path if scheme == "file" else path.split("/", 1)[0]
+
+
+def _segments(path: str, uri: str) -> list[str]:
+    """Bucket and key parts, with ``.`` and ``..`` resolved as some stores do themselves."""
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            if len(segments) <= 1:
+                raise _forbidden(uri, "it leads out of its bucket")
+            segments.pop()
+        elif segment != ".":
+            segments.append(segment)
+    return segments
+
+
 def _forbidden(uri: str, reason: str) -> RowError:
-    return RowError(ErrorCode.IMAGE_FORBIDDEN, f"image {uri} may not be read: {reason}")
+    message = f"image {uri} may not be read: {reason}"
+    return RowError(ErrorCode.IMAGE_FORBIDDEN, redacted_text(message))

@@ -31,6 +31,7 @@ from pipeline.records import (
     prepared_block,
     read_first_uses,
 )
+from pipeline.redact import redacted_text
 from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
 from pipeline.seeds import derive_seed
 
@@ -183,9 +184,10 @@ def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:
 def _row_error(error: Exception, custom_id: str) -> RowError:
     """The one place where any fault of one row becomes that row's record."""
     if isinstance(error, RowError):
-        return error
+        return RowError(error.code, redacted_text(error.message))
     log.error("row %r could not be prepared", custom_id, exc_info=error)
-    return RowError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+    message = redacted_text(f"{type(error).__name__}: {error}")
+    return RowError(ErrorCode.INTERNAL_ERROR, message)
 
 
 def _prepare(

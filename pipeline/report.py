@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.commit import PartStats
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.records import Status
+from pipeline.redact import redacted
 
 _TOKEN_KINDS = ("prompt", "completion", "cached", "image")
 
@@ -138,8 +139,8 @@ def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
 def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
     """Put ``report.json`` and ``report.html`` into the run folder."""
     assert result.run is not None
-    document = {
-        **result.to_json(),
+    document: dict[str, Any] = {
+        **redacted(result.to_json()),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "records": result.totals.records,
         "errors": dict(result.totals.errors),
@@ -149,7 +150,7 @@ def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
     }
     data = (json.dumps(document, indent=2) + "\n").encode()
     storage.put_bytes(storage.join(result.run, "report.json"), data)
-    page = _render(document, manifest)
+    page = _render(document, redacted(manifest))
     storage.put_bytes(storage.join(result.run, "report.html"), page.encode())
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from pipeline.model import model_name, model_revision
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
 from pipeline.read import Input
+from pipeline.redact import redacted
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ _DELETED_AT_A_TIME = 100
 """Parts of a discarded run between two looks at the lease."""
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
-_SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
-_REDACTED = "***"
 
 
 @dataclass(frozen=True)
@@ -207,24 +205,13 @@ def _resume(
     )
 
 
-def redacted(value: Any, name: str = "") -> Any:
-    """A copy of ``value`` without what is stored under secret-sounding names."""
-    if isinstance(value, Mapping):
-        return {key: redacted(item, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    if isinstance(value, str) and value and _SECRET_NAME.search(name):
-        return _REDACTED
-    return value
-
-
 def _manifest(
     config: JobConfig, profile: EngineProfile, files: Sequence[InputFile]
 ) -> dict[str, Any]:
     model = locate_model(profile.model)
-    return {
-        "config": redacted(config.model_dump(mode="json")),
-        "engine": redacted(profile.model_dump(mode="json")),
+    document = {
+        "config": config.model_dump(mode="json"),
+        "engine": profile.model_dump(mode="json"),
         "model": {
             "name": model_name(model),
             "revision": model_revision(model, profile.revision),
@@ -237,6 +224,7 @@ def _manifest(
         },
         "versions": _versions(),
     }
+    return dict(redacted(document))
 
 
 def _versions() -> dict[str, str]:

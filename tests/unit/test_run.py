@@ -18,7 +18,8 @@ from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.plan import FirstUse
 from pipeline.profile import load_profile
 from pipeline.read import open_input
-from pipeline.run import Run, open_run, redacted
+from pipeline.redact import redacted
+from pipeline.run import Run, open_run
 
 FOREIGN = {"_lease.json", "notes.txt", "data/readme.md", "more/data/part-000000.parquet"}
 """What a run folder may hold that no new run may touch."""

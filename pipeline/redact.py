@@ -1,0 +1,77 @@
+"""Secrets stay in the process: what goes into records, logs, manifests and reports passes here.
+
+In: text or a document. Out: a copy in which URLs have neither user nor query values, keys of known
+shapes are masked, and so is every secret of this process's environment. Masking too much costs a
+reader a moment; a signed URL in a record is open to whoever reads the output.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+MASK = "***"
+_SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
+_SHORTEST_SECRET = 8
+"""Characters: shorter values of the environment are words that occur by themselves."""
+_PATTERNS = (
+    (re.compile(r"(://)[^/\s\"'<>]*@"), rf"\1{MASK}@"),
+    (re.compile(r"(https?:[^\s\"'<>?#]*)[?#][^\s\"'<>]+", re.I), rf"\1?{MASK}"),
+    (re.compile(r"([?&][^\s\"'<>=&?]+=)[^\s\"'<>&]+"), rf"\1{MASK}"),
+    (
+        re.compile(
+            r"((?:x-amz-[a-z-]+|signature|\bsig|[\w-]*token|[\w-]*secret|[\w-]*password|"
+            r"[\w-]*api_?key|[\w-]*access_?key)=)[^\s\"'<>&,;]+",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.I), rf"\1{MASK}"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MASK),
+)
+
+
+def redacted_text(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """``text`` without what might be a secret; the rest stays to the letter."""
+    for secret in _secrets(environment):
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """A copy of ``value`` whose texts are redacted; what has a secret-sounding name is masked."""
+    if isinstance(value, Mapping):
+        return {key: redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return MASK if value and _SECRET_NAME.search(name) else redacted_text(value)
+
+
+class RedactingFormatter(logging.Formatter):
+    """A log formatter whose lines, tracebacks included, are redacted."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The finished line."""
+        return redacted_text(super().format(record))
+
+
+def _secrets(environment: Mapping[str, str]) -> list[str]:
+    """Values of secret-sounding variables as they are and as a URL quotes them, longest first."""
+    values = {
+        form
+        for name, value in environment.items()
+        if len(value) >= _SHORTEST_SECRET
+        and _SECRET_NAME.search(name)
+        and not name.upper().endswith(("_ID", "_FILE", "_PATH"))
+        for form in (value, quote(value, safe=""))
+    }
+    return sorted(values, key=len, reverse=True)

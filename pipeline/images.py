@@ -146,6 +146,8 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
 
 def _orientation(image: Image.Image) -> int | None:
     """EXIF's orientation without decoding pixels, which a PNG's own ``getexif`` does first."""
+    if image.format == "TIFF":
+        return None  # Pillow turns these itself: their size is already that after rotation
     with suppress(Exception):  # as when decoding
         found: int | None = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
         return found

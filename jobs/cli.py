@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from pipeline import redact
 from pipeline.errors import ConfigError, PipelineError, UsageError
+from pipeline.redact import configure_logging, redacted, redacted_text
 from pipeline.report import Result, RunStatus, total
 
 log = logging.getLogger(__name__)
@@ -101,11 +101,10 @@ def run_job(
             log.exception("this is a defect; please report it with the lines below")
             message = f"unexpected {type(error).__name__}: {error}"
             result = _failure(RunStatus.FAILED, message, started)
-        document = result.to_json()
-        if "error" in document:
-            sys.stderr.write(f"{result.status}: {document['error']}\n")
+        if result.error:
+            sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
         sys.stderr.flush()
-        print_result(json.dumps(document))
+        print_result(json.dumps(redacted(result.to_json())))
     return int(result.exit_code)
 
 
@@ -180,8 +179,6 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
 
 
 def _log_to_stderr() -> None:
-    redact.configure_logging(
-        logging.WARNING, "%(asctime)s %(levelname)s %(message)s", times="%H:%M:%S"
-    )
+    configure_logging(logging.WARNING, "%(asctime)s %(levelname)s %(message)s", times="%H:%M:%S")
     for name in ("pipeline", "jobs", "__main__"):  # a job run with -m logs as __main__
         logging.getLogger(name).setLevel(logging.INFO)

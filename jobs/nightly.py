@@ -56,7 +56,7 @@ from pipeline.errors import (
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease, check_not_driven
-from pipeline.model import ModelSpec
+from pipeline.model import ModelSpec, load_prompt_format
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
 from pipeline.progress import ProgressDisplay
@@ -66,7 +66,7 @@ from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
 from pipeline.run import Run, check_not_emptied, open_run
 from pipeline.watch import Reason, Watch
-from pipeline.web import WebFetcher
+from pipeline.web import WebReader
 
 if TYPE_CHECKING:
     from pipeline.flow import FlowSpec
@@ -263,8 +263,27 @@ def _dry_run(job: Job) -> Result:
         rows_total=run.plan.rows,
         totals=total([]),
         seconds=job.seconds,
-        details={"pending_rows": rows_left, "pending_shards": len(run.pending)},
+        details={
+            "pending_rows": rows_left,
+            "pending_shards": len(run.pending),
+            **_image_price(job.profile),
+        },
     )
+
+
+def _image_price(profile: EngineProfile) -> dict[str, int]:
+    """What an image costs at most; nothing for text models, or if the model is only elsewhere."""
+    model = ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
+    try:
+        images = load_prompt_format(model).images
+    except ConfigError as error:
+        log.warning("the price of an image is not known here: %s", error)
+        return {}
+    if images is None:
+        return {}
+    most, tiles = images.tiling.most_tokens, images.tiling.max_tiles
+    log.info("an image costs at most %d prompt tokens (max_patches = %d)", most, tiles)
+    return {"image_tokens_max": most, "max_patches": tiles}
 
 
 def _execute(job: Job) -> Result:
@@ -531,15 +550,10 @@ def _flow_spec(job: Job) -> FlowSpec:
 
 
 def _fetcher(job: Job) -> ImageFetcher:
-    images, limits = job.config.images, job.config.limits
-    most, concurrency = limits.max_image_bytes, limits.image_fetch_concurrency
-    return ImageFetcher(
-        root=job.root,
-        max_bytes=most,
-        concurrency=concurrency,
-        roots=tuple(storage.absolute(root) for root in images.roots),
-        web=WebFetcher(tuple(images.domains), most, images.timeout_s, concurrency),
-    )
+    allowed, limits = job.config.images, job.config.limits
+    size, at_a_time = limits.max_image_bytes, limits.image_fetch_concurrency
+    web = WebReader(tuple(allowed.domains), allowed.timeout_s, size, at_a_time)
+    return ImageFetcher(job.root, size, at_a_time, tuple(allowed.roots), web)
 
 
 def _local_cpus() -> int:

@@ -23,7 +23,6 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipeline import redact
 from pipeline.commit import Destination, PartStats, commit_outcomes, committed_stats
 from pipeline.engine import Engine, EngineSpec
 from pipeline.errors import EngineError
@@ -41,6 +40,7 @@ from pipeline.records import (
     carried_columns,
     read_prepared,
 )
+from pipeline.redact import configure_logging
 from pipeline.replica import Replica, ReplicaLimits
 from pipeline.roster import DRIVER_SILENCE_S, Phase, Pulse
 
@@ -70,7 +70,7 @@ class ReplicaActor:
     """A Ray Data actor that holds one replica."""
 
     def __init__(self, spec: ReplicaSpec, roster: Any) -> None:
-        redact.configure_logging(logging.INFO, "%(levelname)s %(name)s: %(message)s")
+        configure_logging(logging.INFO, "%(levelname)s %(name)s: %(message)s")
         self._spec = spec
         self._open = _OpenShards()
         self._heart = _Heart(roster, self._open)

@@ -20,7 +20,6 @@ from pipeline.sampling import SamplingDefaults
 from pipeline.validation import describe
 
 Columns = dict[str, str]
-_WEB_HOST = r"^(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?(:[0-9]{1,5})?$"
 
 
 class _Section(BaseModel):
@@ -56,18 +55,6 @@ class EngineSection(_Section):
     """vLLM engine arguments that replace the profile's, checked against vLLM's own names."""
 
 
-class ImagesSection(_Section):
-    """Where the images that rows name by URI may lie, beside the input's own bucket or folder."""
-
-    roots: list[str] = []
-    """Further folders or buckets, read recursively: s3://bucket/folder, gs://, a path."""
-    domains: list[Annotated[str, Field(pattern=_WEB_HOST)]] = []
-    """Web hosts (http, https): a name, *.name for all below it, name:port. Empty: none. Hosts whose
-    addresses are not public are refused all the same."""
-    timeout_s: Annotated[float, Field(gt=0)] = 30
-    """Seconds for one image of a web host, redirects and retries included."""
-
-
 class LimitsSection(_Section):
     """Bounds that keep one bad row, file or host from costing more than itself."""
 
@@ -100,6 +87,17 @@ class LimitsSection(_Section):
     """Images fetched at a time by one prepare task."""
 
 
+class ImagesSection(_Section):
+    """Which images rows may name by URI, beside those in the input's own bucket or folder."""
+
+    roots: list[str] = []
+    """Further folders or buckets that may be read, e.g. s3://photos/public."""
+    domains: list[str] = []
+    """Web hosts that may be read: name, *.name (hosts below it) or name:port; empty = none."""
+    timeout_s: Annotated[float, Field(gt=0)] = 30
+    """Seconds one image may take from a web host, with redirects and attempts."""
+
+
 class JobConfig(_Section):
     """One batch-inference run."""
 
@@ -116,7 +114,7 @@ class JobConfig(_Section):
     engine: EngineSection
     """Which engine, and how many of it."""
     images: ImagesSection = ImagesSection()
-    """Where images may lie."""
+    """Which images rows may name by URI."""
     limits: LimitsSection = LimitsSection()
     """Bounds on rows, images and errors."""
 

@@ -118,6 +118,11 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def is_transient_status(status: int) -> bool:
+    """The same for the HTTP status of a plain web server."""
+    return status in _TRANSIENT_STATUSES
+
+
 def is_transient_code(code: str) -> bool:
     """The same for S3's error code of one object in an answer about many."""
     return code in _TRANSIENT_CODES

@@ -1,27 +1,27 @@
 """Images by URI: which ones may be read, and fetching a shard's worth of them at once.
 
-In: URIs as rows give them, and where images may lie. Out: bytes per URI, or the ``RowError`` of
-that URI. A URI that many rows share is fetched once. A row must not reach what its author could
-not: only the input's own bucket (or folder, for local files), the roots the config names, and its
-web hosts.
+In: URIs as rows give them, and the input's root. Out: bytes per URI, or the ``RowError`` of that
+URI. A URI that many rows share is fetched once. Only the input's own bucket (or folder, for local
+files), the config's further roots and its web hosts (``web``) may be read: a row must not reach
+what its author could not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from pipeline import redact, storage
+from pipeline import storage
 from pipeline.errors import ErrorCode, RowError, StorageError
-from pipeline.web import Fetched as Fetched
-from pipeline.web import WebFetcher, is_web
+from pipeline.redact import redacted_text
+from pipeline.web import SCHEMES, WebReader, too_large
 
-_FILE = "file://"
-_MOST_SHOWN = 500  # characters of a URI in a message
-_SCHEME_ALIASES = {"s3a": "s3", "gcs": "gs"}
+Fetched = bytes | RowError
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ALIASES = {"s3a": "s3", "local": "file"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +33,21 @@ class ImageFetcher:
     max_bytes: int
     concurrency: int
     roots: tuple[str, ...] = ()
-    """Further folders or buckets that may be read, recursively."""
-    web: WebFetcher = field(default_factory=WebFetcher)
+    """Further folders or buckets that may be read."""
+    web: WebReader | None = None
+    """Reads http(s) URIs; None: there are no such hosts."""
 
     def fetch(self, uris: Iterable[str]) -> Mapping[str, Fetched]:
         """Each distinct URI's bytes, or why it could not be had."""
         distinct = list(dict.fromkeys(uris))
-        found = dict(self.web.fetch([uri for uri in distinct if is_web(uri)]))
-        stored = [uri for uri in distinct if uri not in found]
-        if stored:
-            with ThreadPoolExecutor(min(self.concurrency, len(stored))) as pool:
-                found.update(zip(stored, pool.map(self._fetch_one, stored), strict=True))
-        return found
+        if not distinct:
+            return {}
+        online = [uri for uri in distinct if self.web is not None and _scheme(uri) in SCHEMES]
+        stored = [uri for uri in distinct if uri not in set(online)]
+        with ThreadPoolExecutor(min(self.concurrency, len(distinct)) + 1) as pool:
+            answers = pool.submit(self.web.read, online) if self.web and online else None
+            found = dict(zip(stored, pool.map(self._fetch_one, stored), strict=True))
+            return {**found, **(answers.result() if answers else {})}
 
     def _fetch_one(self, uri: str) -> Fetched:
         try:
@@ -52,67 +55,58 @@ class ImageFetcher:
         except RowError as error:
             return error
         except (OSError, ValueError) as error:  # a path that no file system takes
-            reason = error.strerror if isinstance(error, OSError) else error
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {reason}")
+            message = f"image {uri}: {error}"
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(message))
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
-        if "\0" in uri:
-            raise _forbidden(uri, "it holds a NUL character")
+        if _CONTROL.search(uri):
+            raise _forbidden(uri, "it holds a control character")
+        if "::" in uri:  # fsspec takes it for a chain of drivers, each of which reads what it likes
+            raise _forbidden(uri, "it holds ::")
+        if _scheme(uri) in SCHEMES:
+            reason = "add its host to the config's images.domains, or put its bytes into the row"
+            raise _forbidden(uri, reason)
         if "://" not in uri and not uri.startswith("/"):
             target = storage.join(self.root, uri)
         else:
             target = storage.absolute(uri)
-        scheme, separator, rest = target.partition("://")
-        target = f"{scheme.lower()}{separator}{rest}"
-        if target.startswith(_FILE) and not rest.startswith("/"):
-            raise _forbidden(uri, "a file:// URI names no host; write it as file:///path")
-        if not (_in_bucket(target, self.root) or any(_below(target, r) for r in self.roots)):
-            raise _forbidden(
-                uri, "it lies neither in the input's own place nor below one of images.roots"
-            )
-        return target
+        scheme, path = _parts(target)
+        if scheme == "file":
+            return self._resolve_file(path, uri)
+        segments = _segments(path, uri)
+        allowed = [_own_bucket(self.root), *(_parts(root) for root in self.roots)]
+        if not any(
+            scheme == kind and segments[: len(inside)] == inside
+            for kind, inside in ((kind, _segments(base.rstrip("/"), uri)) for kind, base in allowed)
+        ):
+            raise _forbidden(uri, f"only {self._named_roots()} may be read")
+        return f"{scheme}://{'/'.join(segments)}"
+
+    def _resolve_file(self, path: str, uri: str) -> str:
+        roots = [_parts(storage.absolute(root)) for root in (self.root, *self.roots)]
+        folders = [Path(base).resolve() for kind, base in roots if kind == "file"]
+        target = Path(path)
+        resolved = target.resolve()
+        if not target.is_absolute() or not any(resolved.is_relative_to(each) for each in folders):
+            raise _forbidden(uri, f"it is outside of {self._named_roots()}")
+        if resolved.exists() and not resolved.is_file():  # a pipe or device could be read for ever
+            raise _forbidden(uri, "it is no regular file")
+        return f"file://{resolved}"
+
+    def _named_roots(self) -> str:
+        scheme, inside = _own_bucket(self.root)
+        return ", ".join([f"{scheme}://{inside}", *self.roots])
 
     def _read(self, target: str, uri: str) -> bytes:
         try:
-            if target.startswith(_FILE):
-                _check_regular(Path(target.removeprefix(_FILE)), uri)
-            return storage.read_bytes(target, limit=self.max_bytes + 1)
+            data = storage.read_bytes(target, limit=self.max_bytes + 1)
         except FileNotFoundError:
-            raise RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {_shown(uri)}") from None
+            message = f"no image at {uri}"
+            raise RowError(ErrorCode.IMAGE_NOT_FOUND, redacted_text(message)) from None
         except StorageError as error:
-            raise RowError(ErrorCode.IMAGE_FETCH_FAILED, str(error)) from None
-
-
-def _in_bucket(target: str, root: str) -> bool:
-    """Whether ``target`` is in the bucket of ``root``, or in that folder if it is a local one."""
-    if root.startswith(_FILE):
-        return _below(target, root)
-    return _place(target)[:2] == _place(root)[:2]
-
-
-def _below(target: str, root: str) -> bool:
-    """Whether ``target`` is ``root`` or below it; of local files, with all links followed."""
-    if target.startswith(_FILE) and root.startswith(_FILE):
-        inside = Path(root.removeprefix(_FILE)).resolve()
-        return Path(target.removeprefix(_FILE)).resolve().is_relative_to(inside)
-    scheme, bucket, path = _place(target)
-    wanted = _place(root)
-    steps, above = path.strip("/").split("/"), wanted[2].strip("/")
-    if (scheme, bucket) != wanted[:2] or ".." in steps:
-        return False
-    return not above or steps[: above.count("/") + 1] == above.split("/")
-
-
-def _place(uri: str) -> tuple[str, str, str]:
-    parts = urlsplit(uri)
-    return _SCHEME_ALIASES.get(parts.scheme, parts.scheme), parts.netloc, parts.path
-
-
-def _check_regular(path: Path, uri: str) -> None:
-    """A pipe or a device could keep its reader for ever."""
-    if path.exists() and not path.is_file():
-        raise RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: is not a regular file")
+            raise RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(str(error))) from None
+        return data
 
 
 def check_size(data: bytes, max_bytes: int) -> bytes:
@@ -122,9 +116,7 @@ def check_size(data: bytes, max_bytes: int) -> bytes:
         RowError: ``image_too_large``.
     """
     if len(data) > max_bytes:
-        raise RowError(
-            ErrorCode.IMAGE_TOO_LARGE, f"image is larger than limits.max_image_bytes = {max_bytes}"
-        )
+        raise too_large(max_bytes)
     return data
 
 
@@ -141,9 +133,35 @@ def input_root(uri: str, first_file: str) -> str:
     return absolute
 
 
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].strip().lower()
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    """Scheme, aliases resolved, and the rest of an absolute URI."""
+    scheme, _, rest = uri.partition("://")
+    return _ALIASES.get(scheme.lower(), scheme.lower()), rest
+
+
+def _own_bucket(root: str) -> tuple[str, str]:
+    """What may be read without being named: the bucket, of local files the folder."""
+    scheme, path = _parts(root)
+    return scheme, path if scheme == "file" else path.split("/", 1)[0]
+
+
+def _segments(path: str, uri: str) -> list[str]:
+    """Bucket and key parts, with ``.`` and ``..`` resolved as some stores do themselves."""
+    segments: list[str] = []
+    for segment in path.split("/"):
+        if segment == "..":
+            if len(segments) <= 1:
+                raise _forbidden(uri, "it leads out of its bucket")
+            segments.pop()
+        elif segment != ".":
+            segments.append(segment)
+    return segments
+
+
 def _forbidden(uri: str, reason: str) -> RowError:
-    return RowError(ErrorCode.IMAGE_FORBIDDEN, f"image {_shown(uri)} may not be read: {reason}")
-
-
-def _shown(uri: str) -> str:
-    return redact.text(uri)[:_MOST_SHOWN]
+    message = f"image {uri} may not be read: {reason}"
+    return RowError(ErrorCode.IMAGE_FORBIDDEN, redacted_text(message))

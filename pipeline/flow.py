@@ -31,7 +31,6 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import redact
 from pipeline.actor import ReplicaActor, ReplicaSpec
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats
@@ -43,6 +42,7 @@ from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
 from pipeline.read import InputColumns, read_shard
 from pipeline.records import input_block
+from pipeline.redact import configure_logging
 from pipeline.roster import Roster, Snapshot
 
 log = logging.getLogger(__name__)
@@ -359,7 +359,7 @@ def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
 
 
 def _prepare(block: pa.Table, spec: PrepareSpec) -> pa.Table:
-    redact.configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+    configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     return prepare_block(block, spec=spec)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,8 @@ from pipeline.errors import ErrorCode, RowError
 
 Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, with a clear error
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow opens many more, some by starting other programs. JPEG includes the MPO of phones."""
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
@@ -41,9 +43,16 @@ class ImageTiling:
     """``max_patches`` of the image processor, the thumbnail not counted."""
     to_max_canvas: bool = False
 
+    @property
+    def most_tokens(self) -> int:
+        """Prompt tokens of an image that takes all tiles it may."""
+        return self._tokens_of(self.max_tiles)
+
     def tokens(self, width: int, height: int) -> int:
         """Prompt tokens of an image of ``width`` x ``height`` pixels."""
-        tiles = self.tiles(width, height)
+        return self._tokens_of(self.tiles(width, height))
+
+    def _tokens_of(self, tiles: int) -> int:
         if tiles == 1:
             return self.tile_tokens + 3
         return (self.tile_tokens + 1) * tiles + self.tile_tokens + 3
@@ -89,25 +98,30 @@ def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
                 f"image is {width}x{height} = {width * height} pixels; "
                 f"limits.max_image_pixels is {max_pixels}",
             )
-        swapped = _exif(image).get(_EXIF_ORIENTATION) in _EXIF_SWAPS_SIDES
+        swapped = _orientation(image) in _EXIF_SWAPS_SIDES
     return (height, width) if swapped else (width, height)
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image in RGB, EXIF rotation applied, transparency on white.
+    """The image in RGB, EXIF rotation applied, transparency on white: vLLM's own pixels.
+
+    That includes what vLLM does to 16-bit greys: values above 255 become white.
 
     Raises:
         RowError: ``image_invalid`` if the bytes are truncated or corrupt.
     """
     with _reading(data) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        upright = image
+        with suppress(Exception):  # metadata that cannot be read rotates nothing
+            upright = ImageOps.exif_transpose(image)
+        return _to_rgb(upright)
 
 
 def _to_rgb(upright: Image.Image) -> Image.Image:
     if upright.mode == "RGB":
         return upright
-    if not upright.has_transparency_data:
+    if upright.mode not in ("RGBA", "LA", "PA") and "transparency" not in upright.info:
         return upright.convert("RGB")
     layer = upright.convert("RGBA")
     canvas = Image.new("RGB", layer.size, "white")
@@ -122,7 +136,7 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 yield image
     except (RowError, MemoryError):
         raise
@@ -130,15 +144,17 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
         raise _invalid(data, error) from None
 
 
-def _exif(image: Image.Image) -> Image.Exif:
-    """EXIF data without decoding pixels, which ``getexif`` does for PNG."""
-    if image.format != "PNG":
-        return image.getexif()
-    exif = Image.Exif()
-    exif.load(image.info.get("exif") or b"")
-    return exif
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's orientation without decoding pixels, which a PNG's own ``getexif`` does first."""
+    if image.format == "TIFF":
+        return None  # Pillow turns these itself: their size is already that after rotation
+    with suppress(Exception):  # as when decoding
+        found: int | None = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+        return found
+    return None
 
 
 def _invalid(data: bytes, error: Exception) -> RowError:
-    reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else error
+    known = f"not an image in one of the formats {', '.join(_FORMATS)}"
+    reason = known if isinstance(error, UnidentifiedImageError) else error
     return RowError(ErrorCode.IMAGE_INVALID, f"image of {len(data)} bytes: {reason}")

@@ -185,7 +185,8 @@ def _row_error(error: Exception, custom_id: str) -> RowError:
     if isinstance(error, RowError):
         return error
     log.error("row %r could not be prepared", custom_id, exc_info=error)
-    return RowError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+    message = f"{type(error).__name__}: {error}"
+    return RowError(ErrorCode.INTERNAL_ERROR, message)
 
 
 def _prepare(

@@ -32,6 +32,8 @@ _REQUIRED_ARGUMENTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens"
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OURS = ("model", "revision")
 """Engine arguments that have a place of their own in the profile."""
+_LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "dummy")
+"""Formats of weights; vLLM's others may run what a file says."""
 _CACHE_SCHEME = "cache://"
 
 
@@ -196,6 +198,14 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in arguments:
             raise ValueError(f"engine_args.{name}: set the profile's own key '{name}' instead")
+    if arguments.get("trust_remote_code"):
+        raise ValueError("engine_args.trust_remote_code: code of a model folder is never run")
+    load_format = arguments.get("load_format", "auto")
+    if load_format not in _LOAD_FORMATS:
+        raise ValueError(
+            f"engine_args.load_format = {load_format!r}: must be one of {', '.join(_LOAD_FORMATS)},"
+            " which unpickle nothing"
+        )
     known = vllm_argument_names()
     if known is None:
         log.warning("vLLM is not installed here: the names of engine arguments are not checked")

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import redact
 from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
+from pipeline.redact import redacted_text
 from pipeline.sampling import Sampling
 
 _MAX_MESSAGE = 4_000  # characters
@@ -426,7 +426,7 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob,
 def _told(message: str) -> str:
     """Messages quote what users wrote, at any length, lone surrogates and secrets included."""
     shown = message[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
-    return redact.text(shown)
+    return redacted_text(shown)
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

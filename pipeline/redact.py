@@ -1,8 +1,8 @@
-"""Secrets out of what people read: logs, errors, records, manifests, reports.
+"""Secrets stay in the process: what goes into records, logs, manifests and reports passes here.
 
-In: text or a manifest. Out: a copy in which URLs have no user and no query, and what the
-environment or a config holds under a secret-sounding name is ``***``. A fixed text, never a hash:
-short secrets could be guessed from one.
+In: text or a document. Out: a copy in which URLs have neither user nor query values, keys of known
+shapes are masked, and so is every secret of this process's environment. Masking too much costs a
+reader a moment; a signed URL in a record is open to whoever reads the output.
 """
 
 from __future__ import annotations
@@ -12,50 +12,60 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
-REDACTED = "***"
-_SECRET_NAME = re.compile(
-    r"token$|secret|password|passwd|credential|api_?key|access_?key$|auth$", re.I
-)
+MASK = "***"
+_SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
 _SHORTEST_SECRET = 8
-"""Characters: shorter values would turn up in plain words, and be taken out there."""
-_USER = re.compile(r"(?<=://)[^/\s@\"']*@")
-_QUERY = re.compile(r"(?i)(https?://[^\s\"'?]*|://[^\s\"'?]*(?=\?[^\s\"'?]*=))\?[^\s\"']*")
-"""Of the web always, else only with a = in it: a glob may hold a question mark."""
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[a-z0-9._~+/=-]{8,}")
+"""Characters: shorter values of the environment are words that occur by themselves."""
+_PATTERNS = (
+    (re.compile(r"(://)[^/\s\"'<>]*@"), rf"\1{MASK}@"),
+    (re.compile(r"(https?:[^\s\"'<>?#]*)[?#][^\s\"'<>]+", re.I), rf"\1?{MASK}"),
+    (re.compile(r"([?&][^\s\"'<>=&?]+=)[^\s\"'<>&]+"), rf"\1{MASK}"),
+    (
+        re.compile(
+            r"((?:x-amz-[a-z-]+|signature|\bsig|[\w-]*token|[\w-]*secret|[\w-]*password|"
+            r"[\w-]*api_?key|[\w-]*access_?key)=)[^\s\"'<>&,;]+",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (re.compile(r"\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.I), rf"\1{MASK}"),
+    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MASK),
+)
 
 
-def text(message: str) -> str:
-    """``message`` without secrets: users and queries of URLs, bearer tokens, the environment's."""
-    message = _USER.sub("", message)
-    message = _QUERY.sub(rf"\1?{REDACTED}", message)
-    message = _BEARER.sub(rf"\1 {REDACTED}", message)
-    for secret in _environment_secrets():
-        message = message.replace(secret, REDACTED)
-    return message
+def redacted_text(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """``text`` without what might be a secret; the rest stays to the letter."""
+    for secret in _secrets(environment):
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
-def manifest(value: Any, name: str = "") -> Any:
-    """A copy of ``value``, nested as it is, without what stands under secret-sounding names."""
+def redacted(value: Any, name: str = "") -> Any:
+    """A copy of ``value`` whose texts are redacted; what has a secret-sounding name is masked."""
     if isinstance(value, Mapping):
-        return {key: manifest(item, str(key)) for key, item in value.items()}
+        return {key: redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [manifest(item, name) for item in value]
-    if isinstance(value, str) and value:
-        return REDACTED if _SECRET_NAME.search(name) else text(value)
-    return value
+        return [redacted(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return MASK if value and _SECRET_NAME.search(name) else redacted_text(value)
 
 
 class RedactingFormatter(logging.Formatter):
-    """A log line, traceback and all, without secrets."""
+    """A log formatter whose lines, tracebacks included, are redacted."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As ``logging.Formatter``."""
-        return text(super().format(record))
+        """The finished line."""
+        return redacted_text(super().format(record))
 
 
 def configure_logging(level: int, form: str, *, times: str | None = None) -> None:
-    """Log to stderr without secrets, unless this process logs somewhere already.
+    """Log to stderr, redacted, unless this process logs somewhere already.
 
     ``form`` and ``times`` are as ``logging.Formatter`` wants them.
     """
@@ -64,11 +74,14 @@ def configure_logging(level: int, form: str, *, times: str | None = None) -> Non
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def _environment_secrets() -> list[str]:
-    """Longest first, as one may hold another."""
-    found = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(name)
+def _secrets(environment: Mapping[str, str]) -> list[str]:
+    """Values of secret-sounding variables as they are and as a URL quotes them, longest first."""
+    values = {
+        form
+        for name, value in environment.items()
+        if len(value) >= _SHORTEST_SECRET
+        and _SECRET_NAME.search(name)
+        and not name.upper().endswith(("_ID", "_FILE", "_PATH"))
+        for form in (value, quote(value, safe=""))
     }
-    return sorted(found, key=len, reverse=True)
+    return sorted(values, key=len, reverse=True)

@@ -16,10 +16,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline import redact, storage
+from pipeline import storage
 from pipeline.commit import PartStats
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.records import Status
+from pipeline.redact import redacted
 
 _TOKEN_KINDS = ("prompt", "completion", "cached", "image")
 
@@ -91,7 +92,7 @@ class Result:
         """The contract's object: one line on stdout."""
         document: dict[str, Any] = {
             "status": self.status,
-            "run": self.run and redact.text(self.run),
+            "run": self.run,
             "rows": {"total": self.rows_total, **self.totals.rows},
             "tokens": dict(self.totals.tokens),
             "seconds": round(self.seconds, 3),
@@ -99,7 +100,7 @@ class Result:
             "generated_rows": self.generated_rows,
         }
         if self.error is not None:
-            document["error"] = redact.text(self.error)
+            document["error"] = self.error
         return {**document, **self.details}
 
 
@@ -138,8 +139,8 @@ def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
 def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
     """Put ``report.json`` and ``report.html`` into the run folder."""
     assert result.run is not None
-    document = {
-        **result.to_json(),
+    document: dict[str, Any] = {
+        **redacted(result.to_json()),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "records": result.totals.records,
         "errors": dict(result.totals.errors),
@@ -149,7 +150,7 @@ def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
     }
     data = (json.dumps(document, indent=2) + "\n").encode()
     storage.put_bytes(storage.join(result.run, "report.json"), data)
-    page = _render(document, manifest)
+    page = _render(document, redacted(manifest))
     storage.put_bytes(storage.join(result.run, "report.html"), page.encode())
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import __version__, redact, storage
+from pipeline import __version__, storage
 from pipeline.commit import committed_shards, part_number
 from pipeline.config import JobConfig
 from pipeline.duplicates import Duplicates, find_duplicates
@@ -37,6 +37,7 @@ from pipeline.model import model_name, model_revision
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
 from pipeline.read import Input
+from pipeline.redact import redacted
 
 log = logging.getLogger(__name__)
 
@@ -231,21 +232,22 @@ def _manifest(
     config: JobConfig, profile: EngineProfile, files: Sequence[InputFile]
 ) -> dict[str, Any]:
     model = locate_model(profile.model)
-    return {
-        "config": redact.manifest(config.model_dump(mode="json")),
-        "engine": redact.manifest(profile.model_dump(mode="json")),
+    document = {
+        "config": config.model_dump(mode="json"),
+        "engine": profile.model_dump(mode="json"),
         "model": {
             "name": model_name(model),
             "revision": model_revision(model, profile.revision),
         },
         "input": {
-            "uri": redact.manifest(config.input.uri),
+            "uri": config.input.uri,
             "files": len(files),
             "rows": sum(file.rows for file in files),
             "fingerprint": fingerprint(files),
         },
         "versions": _versions(),
     }
+    return dict(redacted(document))
 
 
 def _versions() -> dict[str, str]:

@@ -1,256 +1,271 @@
-"""Images from web hosts that the config allows, and from nowhere else, whatever a row says.
+"""Images from web servers: from allowed hosts only, at public addresses only, bounded in all.
 
-In: http(s) URLs. Out: bytes per URL, or the ``RowError`` of that URL. A row's author must not reach
-through this cluster what they could not reach from outside (server-side request forgery): the host
-must be allowed by name, its addresses must be public, and they are checked where the connection is
-made, so that no second look at DNS can tell another story. Redirects are followed by hand, each
-under the same rules. No proxy, no cookie, no credentials, no decompression.
+In: http(s) URIs of rows. Out: bytes (at most one more than the limit) or the URI's ``RowError``.
+Rows are written by strangers, so a URI is an attempt to reach what they cannot: the host must be
+in the allowlist, and the address that is connected to (there is no second look-up) must be public.
+Redirects are followed by hand, each held to the same rules.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
 
-from pipeline import redact
-from pipeline.errors import ErrorCode, RowError
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+from tenacity import wait_random_exponential as backoff
+
+from pipeline import faults
+from pipeline.errors import ErrorCode, RowError, StorageUnavailableError
+from pipeline.redact import redacted_text
 
 if TYPE_CHECKING:
     import aiohttp
-    from yarl import URL
+    from aiohttp.abc import AbstractResolver
 
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-Fetched = bytes | RowError
-
-_SCHEMES = ("http", "https")
+SCHEMES = ("http", "https")
+_PORTS = {"http": 80, "https": 443}
+_ATTEMPTS = 4
 _MAX_REDIRECTS = 5
-_ATTEMPTS = 3
-_PAUSE_S = 0.5
-"""Before the second attempt; doubled before each further one."""
-_CHUNK = 64 * 1024  # bytes
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_NAT64_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_GONE = frozenset({404, 410})
+_CHUNK = 64 * 2**10
+_NAT64 = IPv6Network("64:ff9b::/96")
+_AZURE_HOST = IPv4Address("168.63.129.16")  # a public number for Azure's own machine service
+_URI = re.compile(r"[!#-\[\]_a-z~]+", re.I)  # printable ASCII; neither quotes nor backslashes
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_NUMERIC = re.compile(r"(?:.*\.)?(?:0x[0-9a-f]*|[0-9]+)")
 
 
-def is_web(uri: str) -> bool:
-    """Whether ``uri`` is of the web, in whatever case its scheme is written."""
-    return uri.partition(":")[0].strip().lower() in _SCHEMES
+class _RefusedError(Exception):
+    """This address may not be read; the message says why."""
 
 
-def is_public(address: IPAddress) -> bool:
-    """Whether anybody on the internet could connect to ``address``.
-
-    An IPv6 address that stands for an IPv4 one (mapped, 6to4, Teredo) is public only if that one
-    is; those of NAT64 are reserved, so never.
-    """
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return is_public(address.ipv4_mapped)
-        if address in _NAT64_LOCAL or not all(map(is_public, _inside(address))):
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the internet at large, whatever form it is written in."""
+    ip = ip_address(address)
+    if isinstance(ip, IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in _NAT64:
+            inner = IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.is_site_local:
             return False
-    return address.is_global and not (
-        address.is_multicast or address.is_reserved or address.is_unspecified
-    )
-
-
-def _inside(address: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """The IPv4 addresses that an IPv6 one carries."""
-    return [each for each in (address.sixtofour, *(address.teredo or ())) if each is not None]
-
-
-class _ForbiddenAddressError(OSError):
-    """A host name leads to an address that may not be connected to."""
-
-
-class _AgainError(Exception):
-    """The attempt failed in a way that may pass."""
+    refused = ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_link_local
+    return ip.is_global and not refused and ip != _AZURE_HOST
 
 
 @dataclass(frozen=True, slots=True)
-class WebFetcher:
-    """Fetches images from allowed hosts; picklable."""
+class WebReader:
+    """Reads the images that rows name by http(s) URIs."""
 
-    domains: tuple[str, ...] = ()
-    """Allowed hosts: ``name``, ``*.name`` for all below it, ``name:port`` for another port than the
-    scheme's own."""
-    max_bytes: int = 20 * 2**20
-    timeout_s: float = 30.0
-    """For one image, redirects and retries included."""
-    concurrency: int = 16
-    address_allowed: Callable[[IPAddress], bool] = field(default=is_public)
+    domains: tuple[str, ...]
+    """Allowed hosts: ``example.com``, ``*.example.com`` (hosts below it), ``example.com:8443``."""
+    timeout_s: float
+    """For one image, with its redirects and attempts."""
+    max_bytes: int
+    concurrency: int
+    may_connect: Callable[[str], bool] = is_public
+    """Whether an IP address may be connected to."""
 
-    def fetch(self, urls: Sequence[str]) -> Mapping[str, Fetched]:
-        """Each URL's bytes, at most one more than ``max_bytes``, or why they could not be had."""
-        if not urls:
-            return {}
-        return dict(zip(urls, asyncio.run(self._fetch_all(urls)), strict=True))
+    def read(self, uris: Sequence[str]) -> Mapping[str, bytes | RowError]:
+        """Each URI's bytes, or why they could not be had. Not to be called inside an event loop."""
+        return asyncio.run(self._read_all(uris)) if uris else {}
 
-    async def _fetch_all(self, urls: Sequence[str]) -> list[Fetched]:
-        import aiohttp  # 0.2 s that `--help` need not wait for
+    async def _read_all(self, uris: Sequence[str]) -> Mapping[str, bytes | RowError]:
+        import aiohttp  # 0.2 s that a run without web images need not wait for
 
-        connector = aiohttp.TCPConnector(resolver=_resolver(self.address_allowed), force_close=True)
-        places = asyncio.Semaphore(self.concurrency)
-
-        async def one(url: str) -> Fetched:
-            async with places:
-                return await self._fetch(session, url)
-
+        connector = aiohttp.TCPConnector(
+            resolver=_public_resolver(self.may_connect), limit=self.concurrency
+        )
         async with aiohttp.ClientSession(
             connector=connector,
-            timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers={"Accept-Encoding": "identity"},
             auto_decompress=False,
-            headers={"Accept": "image/*", "Accept-Encoding": "identity"},
+            trust_env=False,
         ) as session:
-            return await asyncio.gather(*(one(url) for url in urls))
+            gate = asyncio.Semaphore(self.concurrency)
+            found = await asyncio.gather(*(self._read_one(session, gate, uri) for uri in uris))
+        return dict(zip(uris, found, strict=True))
 
-    async def _fetch(self, session: aiohttp.ClientSession, url: str) -> Fetched:
-        shown = redact.text(url)
+    async def _read_one(
+        self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, uri: str
+    ) -> bytes | RowError:
+        shown = redacted_text(uri)
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await self._attempts(session, url)
+            async with gate, asyncio.timeout(self.timeout_s):
+                return await self._patiently(session, uri)
         except RowError as error:
             return error
+        except _RefusedError as error:
+            message = f"image {shown} may not be read: {error}"
+            return RowError(ErrorCode.IMAGE_FORBIDDEN, redacted_text(message))
+        except FileNotFoundError:
+            return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {shown}")
         except TimeoutError:
-            reason = f"not there within images.timeout_s = {self.timeout_s:g} s"
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {shown}: {reason}")
+            message = f"image {shown}: not there within images.timeout_s = {self.timeout_s:g} s"
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, message)
+        except (StorageUnavailableError, OSError, ValueError) as error:
+            message = f"image {shown}: {faults.describe(error)}"
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(message))
 
-    async def _attempts(self, session: aiohttp.ClientSession, url: str) -> bytes:
-        for attempt in range(_ATTEMPTS):
-            try:
-                return await self._follow(session, url)
-            except _AgainError as error:
-                reason = str(error)
-            await asyncio.sleep(_PAUSE_S * 2**attempt)
-        raise _failed(url, reason)
+    async def _patiently(self, session: aiohttp.ClientSession, uri: str) -> bytes:
+        """``_follow``, anew after faults that may pass."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(StorageUnavailableError),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=backoff(multiplier=0.2, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                return await self._follow(session, uri)
+        raise AssertionError("the last attempt returns or raises")
 
-    async def _follow(self, session: aiohttp.ClientSession, url: str) -> bytes:
-        """The body behind ``url`` and its redirects."""
-        target = self._checked(url, url)
+    async def _follow(self, session: aiohttp.ClientSession, uri: str) -> bytes:
+        """The body behind ``uri`` and at most five redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
-            answer = await self._get(session, target, url)
-            if isinstance(answer, bytes):
-                return answer
-            try:
-                following = target.join(_url(answer))
-            except ValueError:
-                raise _failed(url, "it redirects to no URL") from None
-            if (target.scheme, following.scheme) == ("https", "http"):
-                raise _forbidden(url, "it redirects from https to http")
-            target = self._checked(str(following), url)
-        raise _failed(url, f"more than {_MAX_REDIRECTS} redirects")
+            found = await self._get(session, uri)
+            if isinstance(found, bytes):
+                return found
+            if uri.lower().startswith("https:") and not found.lower().startswith("https:"):
+                raise _RefusedError("it redirects from https to http")
+            uri = found
+        raise _RefusedError(f"it redirects more than {_MAX_REDIRECTS} times")
 
-    async def _get(self, session: aiohttp.ClientSession, target: URL, url: str) -> bytes | str:
-        """The body at ``target``, or where it redirects to."""
-        import aiohttp
+    async def _get(self, session: aiohttp.ClientSession, uri: str) -> bytes | str:
+        """The body, or where the server redirects to."""
+        import aiohttp  # as above
+        from yarl import URL
 
+        host, port = self._checked(uri)
+        url = URL(uri.partition("#")[0], encoded=True)
+        if (url.host, url.port) != (host, port):
+            raise _RefusedError("its host can be read in two ways")
         try:
-            async with session.get(target, allow_redirects=False) as response:
-                if response.status in _RETRIED:
-                    raise _AgainError(f"HTTP {response.status}")
-                if 300 <= response.status < 400 and "Location" in response.headers:
-                    return response.headers["Location"]
-                if response.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-                    raise RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {redact.text(url)}")
-                if response.status != HTTPStatus.OK:
-                    raise _failed(url, f"HTTP {response.status}")
+            async with session.get(url, allow_redirects=False) as response:
+                if response.status in _REDIRECTS and "Location" in response.headers:
+                    return urljoin(uri, response.headers["Location"])
+                _check_answer(response)
                 return await self._body(response)
-        except _ForbiddenAddressError as error:
-            raise _forbidden(url, str(error)) from None
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, _ForbiddenAddressError):
-                raise _forbidden(url, str(error.os_error)) from None
-            raise _AgainError(f"no connection: {error.os_error.strerror}") from None
-        except (aiohttp.InvalidURL, ValueError) as error:
-            raise _failed(url, f"not a URL: {type(error).__name__}") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise _AgainError(f"{type(error).__name__}") from None
+        except aiohttp.InvalidURL as error:
+            raise _RefusedError(f"it is no URL: {error}") from None
+        except aiohttp.ClientError as error:
+            raise StorageUnavailableError(faults.describe(error)) from error
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """At most one byte more than allowed: the size check tells the rest."""
-        pieces: list[bytes] = []
-        left = self.max_bytes + 1
-        async for piece in response.content.iter_chunked(_CHUNK):
-            pieces.append(piece[:left])
-            left -= len(pieces[-1])
-            if left == 0:
+        """At most one byte more than allowed: enough for ``check_size`` to refuse it."""
+        limit = self.max_bytes + 1
+        if (response.content_length or 0) >= limit:
+            raise too_large(self.max_bytes)
+        data = bytearray()
+        while len(data) < limit:
+            chunk = await response.content.read(min(_CHUNK, limit - len(data)))
+            if not chunk:
                 break
-        return b"".join(pieces)
+            data += chunk
+        return bytes(data)
 
-    def _checked(self, address: str, url: str) -> URL:
-        """``address`` as a URL that may be asked for; ``url`` is the row's own, for errors."""
+    def _checked(self, uri: str) -> tuple[str, int]:
+        """Host and port of a URI that may be asked for.
+
+        Raises:
+            _RefusedError: it may not.
+        """
+        if not _URI.fullmatch(uri):
+            raise _RefusedError("it holds characters that a URI must percent-encode")
         try:
-            target = _url(address)
-            host, port = (target.host or "").rstrip(".").lower(), target.port
-        except ValueError:
-            raise _failed(url, "not a URL") from None
-        if target.scheme not in _SCHEMES or not host:
-            raise _failed(url, "not an http or https URL")
-        if target.user is not None or target.password is not None:
-            raise _forbidden(url, "it holds a user or password")
-        if not any(_allows(entry, host, port, target.scheme) for entry in self.domains):
-            raise _forbidden(
-                url, f"host {host}:{port} is not in images.domains, the list of web hosts"
+            parts = urlsplit(uri)
+            host, port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise _RefusedError(f"it is no URL: {error}") from None
+        if parts.scheme not in SCHEMES:
+            raise _RefusedError("it leads to something other than http or https")
+        if "@" in parts.netloc:
+            raise _RefusedError("it holds a user or password")
+        usual = _PORTS[parts.scheme]
+        self._check_host(host, port, usual)
+        return host, port or usual
+
+    def _check_host(self, host: str, port: int | None, usual: int) -> None:
+        named = f"[{host}]" if ":" in host else host
+        if ":" in host or _NUMERIC.fullmatch(host):
+            try:
+                allowed = self.may_connect(str(ip_address(host)))
+            except ValueError:
+                raise _RefusedError(f"{host!r} is no host") from None
+            if not allowed:
+                raise _RefusedError(f"{host} is no public address")
+        elif not _HOST.fullmatch(host):
+            raise _RefusedError(f"{host!r} is no host")
+        candidates = {f"{named}:{port or usual}"}
+        if port in (None, 80, 443):
+            candidates.add(named)
+        if not any(_matches(entry.lower(), candidates) for entry in self.domains):
+            raise _RefusedError(
+                f"{named}:{port or usual} is not in the config's images.domains; add it there, "
+                "or put the image's bytes into the row"
             )
-        try:
-            literal = ipaddress.ip_address(host)
-        except ValueError:
-            return target
-        if not self.address_allowed(literal):
-            raise _forbidden(url, f"{literal} is not a public address")
-        return target
 
 
-def _allows(entry: str, host: str, port: int | None, scheme: str) -> bool:
-    name, _, wanted_port = entry.lower().partition(":")
-    own = 443 if scheme == "https" else 80
-    if port != (int(wanted_port) if wanted_port else own):
-        return False
-    return host.endswith(name[1:]) and host != name[2:] if name.startswith("*.") else host == name
+def too_large(max_bytes: int) -> RowError:
+    """What becomes of a row whose image is above ``limits.max_image_bytes``."""
+    return RowError(
+        ErrorCode.IMAGE_TOO_LARGE, f"image is larger than limits.max_image_bytes = {max_bytes}"
+    )
 
 
-def _url(address: str) -> URL:
-    from yarl import URL
+def _matches(entry: str, candidates: set[str]) -> bool:
+    if not entry.startswith("*."):
+        return entry in candidates
+    return any(candidate.endswith(entry[1:]) for candidate in candidates)
 
-    return URL(address)
+
+def _check_answer(response: aiohttp.ClientResponse) -> None:
+    """Only a plain 200 has an image.
+
+    Raises:
+        StorageUnavailableError: the same request may succeed in a while.
+        FileNotFoundError: there is none.
+        OSError: any other answer.
+    """
+    status = response.status
+    if status in _GONE:
+        raise FileNotFoundError
+    if faults.is_transient_status(status):
+        raise StorageUnavailableError(f"the server answers HTTP {status}")
+    if status != 200:
+        raise OSError(f"the server answers HTTP {status}")
+    coding = response.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        raise OSError(
+            f"the server answers in the encoding {coding[:20]!r}, which was not asked for"
+        )
 
 
-def _resolver(allowed: Callable[[IPAddress], bool]) -> Any:
-    """aiohttp's resolver, giving allowed addresses only: the connection is made to these."""
-    from aiohttp.abc import AbstractResolver, ResolveResult
-    from aiohttp.resolver import ThreadedResolver
+def _public_resolver(may_connect: Callable[[str], bool]) -> AbstractResolver:
+    """A resolver that gives no address but those that may be connected to."""
+    from aiohttp import ThreadedResolver
+    from aiohttp.abc import ResolveResult
 
-    class Checking(AbstractResolver):
-        def __init__(self) -> None:
-            self._inner = ThreadedResolver()
-
+    class Resolver(ThreadedResolver):
         async def resolve(
-            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+            self,
+            host: str,
+            port: int = 0,
+            family: socket.AddressFamily = socket.AF_UNSPEC,
         ) -> list[ResolveResult]:
-            found = await self._inner.resolve(host, port, family)
-            for each in found:
-                address = ipaddress.ip_address(each["host"].partition("%")[0])
-                if not allowed(address):
-                    raise _ForbiddenAddressError(f"{host} is {address}, not a public address")
+            found = await super().resolve(host, port, family)
+            if not all(may_connect(each["host"]) for each in found):
+                raise _RefusedError(f"{host} has an address that is not public")
             return found
 
-        async def close(self) -> None:
-            await self._inner.close()
-
-    return Checking()
-
-
-def _failed(url: str, reason: str) -> RowError:
-    return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {redact.text(url)}: {reason}")
-
-
-def _forbidden(url: str, reason: str) -> RowError:
-    return RowError(
-        ErrorCode.IMAGE_FORBIDDEN, f"image {redact.text(url)} may not be read: {reason}"
-    )
+    return Resolver()

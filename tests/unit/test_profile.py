@@ -173,3 +173,12 @@ def test_loading_a_profile_imports_no_heavy_package() -> None:
 def test_a_size_that_is_no_whole_number_is_named(value: object) -> None:
     with pytest.raises(ConfigError, match=r"engine_args\.tensor_parallel_size = .*whole number"):
         load_profile("mini-maverick", overrides={"tensor_parallel_size": value})
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("trust_remote_code", True), ("load_format", "pt"), ("load_format", "tensorizer")],
+)
+def test_arguments_that_run_a_model_folders_code_are_refused(argument: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=argument):
+        load_profile("mini-maverick", overrides={argument: value})

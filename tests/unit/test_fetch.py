@@ -1,0 +1,268 @@
+"""pipeline.fetch and pipeline.web: what a row may reach, and what hostile servers and URIs do."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ErrorCode, RowError
+from pipeline.fetch import Fetched, ImageFetcher
+from pipeline.web import WebReader, is_public
+
+LIMIT = 1000
+BODY = b"an image, let us say"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Each path is a way to answer; the server counts what it was asked."""
+
+    def do_GET(self) -> None:
+        seen: list[str] = self.server.seen  # type: ignore[attr-defined]
+        seen.append(self.path)
+        name = self.path.partition("?")[0]
+        if name == "/loop":
+            self._answer(302, b"", Location="/loop")
+        elif name == "/once":
+            self._answer(302, b"", Location="/ok")
+        elif name == "/away":
+            self._answer(302, b"", Location="http://169.254.169.254/latest/meta-data")
+        elif name == "/local-file":
+            self._answer(302, b"", Location="file:///etc/passwd")
+        elif name == "/busy-then-ok":
+            self._answer(429 if seen.count(self.path) < 3 else 200, BODY)
+        elif name.startswith("/status/"):
+            self._answer(int(name.rpartition("/")[2]), b"")
+        elif name == "/gzip":
+            self._answer(200, gzip.compress(b"0" * 10**6), **{"Content-Encoding": "gzip"})
+        elif name == "/declared":
+            self._answer(200, b"", **{"Content-Length": str(10**12)})
+        elif name == "/endless":
+            self._answer(200, b"x" * 100_000)
+        elif name == "/short":
+            self._answer(200, BODY, **{"Content-Length": "500"})
+        elif name == "/slow":
+            self._answer(200, b"", **{"Content-Length": "500"})
+            for _ in range(50):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+        else:
+            self._answer(200, BODY)
+
+    def _answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except ConnectionError:  # the client has had enough
+            return
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        return
+
+
+class _Server:
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self.host = f"127.0.0.1:{server.server_port}"
+        self.seen: list[str] = server.seen  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    serving.daemon_threads = True
+    serving.seen = []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=serving.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield _Server(serving)
+    serving.shutdown()
+    serving.server_close()
+    thread.join()
+
+
+def anything(address: str) -> bool:
+    return address.startswith("127.")
+
+
+def get(server: _Server, path: str, *, timeout_s: float = 10) -> Fetched:
+    uri = f"http://{server.host}{path}"
+    reader = WebReader((server.host,), timeout_s, LIMIT, 4, anything)
+    return ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri, uri])[uri]
+
+
+def code(found: Fetched) -> ErrorCode:
+    assert isinstance(found, RowError), found
+    return found.code
+
+
+def test_an_image_that_many_rows_name_is_asked_for_once(server: _Server) -> None:
+    assert get(server, "/ok") == BODY
+    assert server.seen == ["/ok"]
+
+
+def test_a_busy_server_is_asked_again_and_a_redirect_followed(server: _Server) -> None:
+    assert get(server, "/busy-then-ok") == BODY
+    assert get(server, "/once") == BODY
+    assert len(server.seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "expected", "requests"),
+    [
+        ("/loop", ErrorCode.IMAGE_FORBIDDEN, 6),
+        ("/away", ErrorCode.IMAGE_FORBIDDEN, 1),
+        ("/local-file", ErrorCode.IMAGE_FORBIDDEN, 1),
+        ("/status/404", ErrorCode.IMAGE_NOT_FOUND, 1),
+        ("/status/403", ErrorCode.IMAGE_FETCH_FAILED, 1),
+        ("/status/500", ErrorCode.IMAGE_FETCH_FAILED, 4),
+        ("/gzip", ErrorCode.IMAGE_FETCH_FAILED, 1),
+        ("/declared", ErrorCode.IMAGE_TOO_LARGE, 1),
+        ("/short", ErrorCode.IMAGE_FETCH_FAILED, 4),
+    ],
+)
+def test_a_hostile_answer_is_one_rows_error(
+    server: _Server, path: str, expected: ErrorCode, requests: int
+) -> None:
+    assert code(get(server, path)) == expected
+    assert len(server.seen) == requests
+
+
+def test_no_more_than_the_limit_and_one_byte_is_read(server: _Server) -> None:
+    assert get(server, "/endless") == b"x" * (LIMIT + 1)
+
+
+def test_a_server_that_drips_ends_at_the_timeout_and_its_message_hides_the_query(
+    server: _Server,
+) -> None:
+    found = get(server, "/slow?X-Amz-Signature=planted", timeout_s=0.5)
+    assert code(found) == ErrorCode.IMAGE_FETCH_FAILED
+    assert "0.5 s" in str(found)
+    assert "planted" not in str(found)
+
+
+def test_an_allowed_name_that_leads_to_this_machine_is_not_connected_to(server: _Server) -> None:
+    port = server.host.partition(":")[2]
+    uris = [f"http://localhost:{port}/ok", f"http://{server.host}/ok"]
+    reader = WebReader((f"localhost:{port}", server.host), 10, LIMIT, 4)
+    assert {code(found) for found in reader.read(uris).values()} == {ErrorCode.IMAGE_FORBIDDEN}
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://0177.0.0.1/",
+        "http://127.1/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://user:planted@good.example/",
+        "http://good.example@127.0.0.1/",
+        "http://good.example\\@127.0.0.1/",
+        "http://good.example./",
+        "http://good\u3002example/",
+        "http://good.example:22/",
+        "http://evilgood.example/",
+        "http:///a.png",
+        "http://",
+        "http:good.example",
+        "HtTp://127.0.0.1/",
+        "http://good.example/\r\nHost: x",
+        "http://good.example:99999/",
+        "http://[bad/",
+    ],
+)
+def test_an_odd_host_is_refused_without_a_connection(uri: str) -> None:
+    reader = WebReader(("good.example", "2130706433", "127.0.0.1"), 5, LIMIT, 4)
+    found = ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri])[uri]
+    assert code(found) == ErrorCode.IMAGE_FORBIDDEN
+    assert "planted" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "0.0.0.0",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "168.63.129.16",
+        "::",
+        "::1",
+        "fe80::1",
+        "fc00::1",
+        "fd00:ec2::254",
+        "ff02::1",
+        "fec0::1",
+        "::ffff:10.0.0.1",
+        "2002:7f00:1::1",
+        "64:ff9b::7f00:1",
+        "64:ff9b:1::1",
+        "::7f00:1",
+    ],
+)
+def test_an_address_of_a_private_kind_is_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
+def test_an_address_of_the_internet_is_public(address: str) -> None:
+    assert is_public(address)
+
+
+def test_local_files_stay_inside_their_folders(tmp_path: Path) -> None:
+    inside, further, outside = (tmp_path / name for name in ("in", "further", "in-secret"))
+    for folder in (inside, further, outside):
+        folder.mkdir()
+        (folder / "a.png").write_bytes(BODY)
+    (inside / "link.png").symlink_to(outside / "a.png")
+    os.mkfifo(inside / "pipe")
+    fetcher = ImageFetcher(f"file://{inside}", LIMIT, 4, (str(further),))
+    good = ["a.png", str(inside / "a.png"), f"file://{further}/a.png", "../further/a.png"]
+    bad = ["../in-secret/a.png", "link.png", "pipe", "/dev/zero", "file:///etc/passwd", "a\0.png"]
+    bad += [f"file://host{inside}/a.png", f"x::file://{outside}/a.png", "http://good.example/"]
+    assert set(fetcher.fetch(good).values()) == {BODY}
+    assert {uri: code(found) for uri, found in fetcher.fetch(bad).items()} == dict.fromkeys(
+        bad, ErrorCode.IMAGE_FORBIDDEN
+    )
+    escaped = "%2e%2e/in-secret/a.png"
+    assert code(fetcher.fetch([escaped])[escaped]) == ErrorCode.IMAGE_NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://other/a.png",
+        "s3://input/a.png",
+        "s3a://other/a.png",
+        "s3://in/../other/a.png",
+        "../../other/a.png",
+        "s3://more/open/../shut/a.png",
+        "s3://more/opened/a.png",
+        "s3://in\n/a.png",
+        "gs://in/a.png",
+        "memory://in/a.png",
+        "a.png::s3://other",
+    ],
+)
+def test_other_buckets_and_neighbours_of_a_root_are_refused(uri: str) -> None:
+    fetcher = ImageFetcher("s3://in/rows", LIMIT, 4, ("s3://more/open",))
+    assert code(fetcher.fetch([uri])[uri]) == ErrorCode.IMAGE_FORBIDDEN

@@ -1,4 +1,4 @@
-"""The main job: Parquet prompts and images in, completions in object storage out.
+"""The main job: prompts and images in (Parquet or OpenAI batch JSONL), completions out.
 
 ``python -m jobs.nightly --config FILE [--set key.path=value ...] [--dry-run] [--retry WORDS] ...``
 
@@ -45,18 +45,19 @@ from pipeline.errors import (
     PipelineError,
     StorageError,
 )
-from pipeline.fetch import ImageFetcher, input_root
+from pipeline.fetch import ImageFetcher
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease
-from pipeline.model import ModelSpec
+from pipeline.model import ModelSpec, accepted_names
+from pipeline.openai_output import write_openai_output
 from pipeline.prepare import PrepareSpec
-from pipeline.profile import EngineProfile, load_profile
+from pipeline.profile import EngineProfile, load_profile, locate_model
 from pipeline.progress import ProgressDisplay
 from pipeline.read import Input, open_input
 from pipeline.reopen import parse_retry, reopen
 from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
-from pipeline.run import Run, open_run
+from pipeline.run import Run, open_run, planned_files
 from pipeline.watch import Reason, Watch
 
 if TYPE_CHECKING:
@@ -91,8 +92,6 @@ class Job:
     profile: EngineProfile
     found: Input
     run: Run
-    root: str
-    """The input's folder: relative image URIs start there."""
     start_engine: Callable[[EngineSpec], Engine]
     started: float
     """By the monotonic clock."""
@@ -179,9 +178,14 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
     if retry and arguments.new_run:
         raise ConfigError("give --retry or --new-run, not both.")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
-    found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
-    root = input_root(config.input.uri, found.files[0].uri)
-    _check_apart(config, root)
+    found = open_input(
+        config.input.uri,
+        renamed=config.input.columns,
+        carry=config.output.carry,
+        planned=() if arguments.new_run else planned_files(config.output.uri),
+    )
+    for root in found.roots:
+        _check_apart(config, root)
     deadline = config.limits.deadline
 
     def look() -> Run:
@@ -198,7 +202,6 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
         profile=profile,
         found=found,
         run=look(),
-        root=root,
         start_engine=start_engine,
         started=started,
         deadline=resolve_deadline(deadline, started=datetime.now(UTC)) if deadline else None,
@@ -375,6 +378,8 @@ def _finish(
         deadline_passed=deadline_passed,
     )
     if lease is not None:
+        if job.found.is_jsonl:
+            write_openai_output(job.to, len(parts), lease.confirm)
         lease.confirm()
         write_report(result, job.run.manifest)
         clear_journals(job.run.uri)
@@ -478,7 +483,10 @@ def _flow_spec(job: Job) -> FlowSpec:
         sampling=config.sampling,
         run_seed=config.seed,
         max_image_pixels=limits.max_image_pixels,
-        fetcher=ImageFetcher(job.root, limits.max_image_bytes, limits.image_fetch_concurrency),
+        fetcher=ImageFetcher(
+            job.found.roots[0], limits.max_image_bytes, limits.image_fetch_concurrency
+        ),
+        model_names=accepted_names(locate_model(profile.model), profile.engine_args),
     )
     sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
     replica = ReplicaSpec(

@@ -18,8 +18,10 @@ from pipeline import storage
 from pipeline.errors import ErrorCode, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
-from pipeline.messages import Chat, parse_chat
+from pipeline.jsonl import is_jsonl
+from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
+from pipeline.openai_input import read_line
 from pipeline.plan import FirstUse
 from pipeline.read import InputColumns
 from pipeline.records import (
@@ -49,6 +51,8 @@ class PrepareSpec:
     run_seed: int
     max_image_pixels: int
     fetcher: ImageFetcher
+    model_names: tuple[str, ...] = ()
+    """What a batch line's ``body.model`` may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class _Parsed:
 
     row: int
     custom_id: str
-    chat: Chat
+    chat: Chat | RawPrompt
     sampling: SamplingDefaults
 
 
@@ -154,12 +158,17 @@ def _parse(
     spec: PrepareSpec,
     input_file: str,
 ) -> _Parsed | Failure:
-    given = row.get("custom_id")
+    line = read_line(row["line"]) if is_jsonl(input_file) else None
+    given = line.custom_id if line else row.get("custom_id")
     usable = given is not None and not isinstance(given, UnicodeDecodeError)
     custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"
     try:
         if earlier is not None:
             raise _duplicate(custom_id, earlier)
+        if line:
+            request = line.request(spec.model_names)
+            sampling = parse_row_sampling(request.parameters)
+            return _Parsed(number, custom_id, request.chat, sampling)
         for name, value in row.items():
             if isinstance(value, UnicodeDecodeError):
                 raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
@@ -196,7 +205,7 @@ def _prepare(
     image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
     try:
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
-        token_ids = prompts.tokenize(item.chat.messages)
+        token_ids = _tokenize(item.chat, prompts)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
@@ -221,6 +230,12 @@ def _prepare(
         sampling=sampling,
         seeds=seeds,
     )
+
+
+def _tokenize(chat: Chat | RawPrompt, prompts: PromptFormat) -> list[int]:
+    if isinstance(chat, RawPrompt):
+        return prompts.tokenize_raw(chat.text)
+    return prompts.tokenize(chat.messages)
 
 
 def _seeds(item: _Parsed, samples: int, spec: PrepareSpec) -> tuple[int, ...]:

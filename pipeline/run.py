@@ -4,6 +4,8 @@
     _plan.json            the input files and the shards
     _duplicates.parquet   rows that repeat a custom_id, if there are any
     data/                 the parts                           (commit)
+    output.jsonl          what the parts hold, as OpenAI's batch output; if the input is JSONL
+    errors.jsonl          rows that failed, likewise          (openai_output)
     _journal/             finished rows of open shards        (journal)
     report.*              what came of it                     (report)
     _SUCCESS              last, only when rows in = rows out
@@ -35,6 +37,7 @@ from pipeline.duplicates import Duplicates, find_duplicates
 from pipeline.engine import engine_version
 from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.model import model_name, model_revision
+from pipeline.openai_output import OPENAI_FILES
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
 from pipeline.read import Input
@@ -180,9 +183,28 @@ def open_run(
         return _resume(uri, saved, wanted, found.files, accept_changed)
     _check_leftovers(uri, new_run=new_run)
     limits = config.limits
-    plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
+    plan = make_plan(
+        found.files,
+        shard_rows=limits.shard_rows,
+        shard_bytes=limits.shard_bytes,
+        offsets=found.row_offsets(),
+    )
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
+
+
+def planned_files(output_uri: str) -> tuple[InputFile, ...]:
+    """The input files as the run in a folder has planned them; none if there is no sound run.
+
+    Raises:
+        InputError: the output's bucket cannot be reached.
+    """
+    storage.check_reachable(output_uri)
+    uri = storage.absolute(output_uri).rstrip("/")
+    try:
+        return _load_plan(uri).files if storage.exists(storage.join(uri, "run.json")) else ()
+    except StorageError:  # open_run tells what is wrong with the folder
+        return ()
 
 
 def _resume(
@@ -368,7 +390,8 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
     for first in range(0, len(doomed), _DELETED_AT_A_TIME):
         confirm()
         storage.delete_all(doomed[first : first + _DELETED_AT_A_TIME])
-    for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
+    described = ("_duplicates.parquet", "_plan.json", "report.json", "report.html")
+    for name in (*described, *OPENAI_FILES):
         confirm()
         storage.delete(storage.join(uri, name))
 

@@ -51,7 +51,7 @@ class Input:
     files: tuple[InputFile, ...]
     columns: InputColumns
     roots: tuple[str, ...]
-    """The folder of each URI that was given; relative image URIs start at the first."""
+    """The folders of the URIs that were given; relative image URIs start at the first."""
     offsets: Mapping[str, Offsets]
     """Where the rows start of each JSONL file that was scanned."""
 
@@ -103,10 +103,11 @@ def open_input(
     entries = [found[uri] for uri in sorted(found)]
     _check_one_form(entries)
     roots = {uri: _root(uri, listed[uri]) for uri in given}
+    folders = tuple(dict.fromkeys(roots.values()))
     if is_jsonl(entries[0].uri):
         columns = _jsonl_columns(entries[0].uri, renamed, carry)
         files, offsets = _look_at_lines(entries, planned)
-        return Input(files, columns, tuple(roots.values()), offsets)
+        return Input(files, columns, folders, offsets)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, entries))
     partitions = {
@@ -116,7 +117,7 @@ def open_input(
         file.uri: _with_partition(schema, partitions[file.uri], renamed) for file, schema in footers
     }
     files = tuple(file for file, _ in footers)
-    return Input(files, _settle_columns(schemas, renamed, carry), tuple(roots.values()), {})
+    return Input(files, _settle_columns(schemas, renamed, carry), folders, {})
 
 
 def _list(uri: str) -> list[storage.FileEntry]:

@@ -8,7 +8,7 @@ only the rows' offsets are held (8 bytes a row), and just a shard's bytes are re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -29,9 +29,52 @@ _NOT_CARRIED = frozenset({"custom_id", "prompt", "messages", "images", "sampling
 LINE_COLUMN = "line"
 """The one column of a JSONL row: its bytes."""
 _PARQUET = (".parquet", ".pq")
+_LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataType]], ...] = (
+    (pa.types.is_list, pa.list_),
+    (pa.types.is_large_list, pa.large_list),
+    (pa.types.is_list_view, pa.list_view),
+    (pa.types.is_large_list_view, pa.large_list_view),
+)
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
 _SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
 _MAX_BATCH_ROWS = 1024
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    plain = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind in plain or bool(pa.types.is_fixed_size_binary(kind))
+
+
+def _is_list_of(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    is_list = pa.types.is_fixed_size_list(kind) or any(is_a(kind) for is_a, _ in _LISTS)
+    return is_list and (pa.types.is_null(kind.value_type) or is_item(kind.value_type))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return _is_text(kind) or _is_bytes(kind) or pa.types.is_struct(kind)
+
+
+_REQUEST_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "custom_id": (lambda _: True, "anything"),
+    "prompt": (_is_text, "a string"),
+    "messages": (
+        lambda kind: _is_text(kind) or _is_list_of(kind, pa.types.is_struct),
+        "a list of structs, or a JSON string",
+    ),
+    "images": (
+        lambda kind: _is_image(kind) or _is_list_of(kind, _is_image),
+        "binary, a URI string, a struct<bytes, path>, or a list of those",
+    ),
+    "sampling": (
+        lambda kind: _is_text(kind) or pa.types.is_struct(kind),
+        "a struct, or a JSON string",
+    ),
+}
+"""What each request column may be, in any layout, and how to say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,8 +368,19 @@ def _settle_columns(
 
 def _carried_field(field: pa.Field) -> pa.Field:
     """Nullable, as another file may hold nulls; views as plain arrays, which ``take`` can do."""
-    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    return pa.field(field.name, plain.get(field.type, field.type), nullable=True)
+    return pa.field(field.name, _without_views(field.type), nullable=True)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """``kind`` with plain strings and bytes for views of them, at any depth."""
+    if kind in (pa.string_view(), pa.binary_view()):
+        return pa.string() if kind == pa.string_view() else pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_without_views(each.type)) for each in kind])
+    for is_list, make in _LISTS:
+        if is_list(kind):
+            return make(kind.value_field.with_type(_without_views(kind.value_type)))
+    return kind
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:
@@ -348,6 +402,18 @@ def _check_request_columns(
             f"{uri}: has neither a column 'prompt' nor 'messages'; its columns are "
             f"{', '.join(schema.names)}. Map them with input.columns."
         )
+    for ours, theirs in request.items():
+        if theirs in schema.names and not _may_be(ours, schema.field(theirs).type):
+            raise InputError(
+                f"{uri}: column {theirs!r} is {schema.field(theirs).type}; {ours} must be "
+                f"{_REQUEST_TYPES[ours][1]}."
+            )
+
+
+def _may_be(ours: str, kind: pa.DataType) -> bool:
+    """Whether some value of type ``kind`` is a good one for the request column ``ours``."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_null(plain) or _REQUEST_TYPES[ours][0](plain)
 
 
 def _check_carried(

@@ -210,8 +210,8 @@ def test_shards_of_jsonl_hold_exactly_their_lines(tmp_path: Path) -> None:
         table = read_shard(shard, found.columns, planned=None)
         assert table.num_rows == shard.rows
         lines[shard.uri] += table.column("line").to_pylist()
-    for uri, rows in lines.items():
-        assert rows == Path(uri.removeprefix("file://")).read_bytes().splitlines()
+    for uri, expected in lines.items():
+        assert expected == Path(uri.removeprefix("file://")).read_bytes().splitlines()
 
 
 def test_a_line_carries_the_endpoint_it_names(tmp_path: Path) -> None:

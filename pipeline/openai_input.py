@@ -30,6 +30,8 @@ _NEUTRAL = frozenset(
 """Body keys that change nothing of the completion: who asks, what is kept, how it is paid."""
 _ONLY: Mapping[str, Any] = {"stream": False, "echo": False, "best_of": 1, "modalities": ["text"]}
 """Body keys that are fine with the one value that asks for what a batch does anyway."""
+_CHAT_ONLY = ("tools", "tool_choice", "parallel_tool_calls", "top_logprobs")
+"""Body keys that a raw prompt has no use for."""
 
 
 class Endpoint(StrEnum):
@@ -94,7 +96,7 @@ class BatchLine:
         parameters = _parameters(body, {"model", name})
         if chat:
             return BatchRequest(parse_chat(None, content, None), parameters)
-        return BatchRequest(parse_raw_prompt(content), _with_chat_logprobs(parameters))
+        return BatchRequest(parse_raw_prompt(content), _of_completion(parameters))
 
     def _check_head(self) -> None:
         given = _required(self.document, "custom_id")
@@ -145,10 +147,12 @@ def _parameters(body: Mapping[str, Any], taken: Collection[str]) -> dict[str, An
     return {key: value for key, value in body.items() if key not in left_out and value is not None}
 
 
-def _with_chat_logprobs(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Completions ask for ``logprobs: k``, chats for ``logprobs: true, top_logprobs: k``."""
-    if "top_logprobs" in parameters:
-        raise _invalid_parameter("top_logprobs: a completion's logprobs is the number itself")
+def _of_completion(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A completion's parameters by the names of a chat's: ``logprobs: k`` is there ``logprobs:
+    true, top_logprobs: k``."""
+    for key in _CHAT_ONLY:
+        if key in parameters:
+            raise _invalid_parameter(f"{key}: is for {Endpoint.CHAT} only")
     if "logprobs" not in parameters:
         return dict(parameters)
     wanted = parameters["logprobs"]

@@ -86,7 +86,7 @@ class LimitsSection(_Section):
     shard_rows: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Most rows in a shard, the unit of work, of commit and of resume."""
     shard_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
-    """Most bytes in a shard, estimated from the Parquet footers (images make rows heavy)."""
+    """Most bytes in a shard (images make rows heavy); estimated from the footers of Parquet."""
     max_image_bytes: Annotated[int, Field(ge=1)] = 20 * 2**20
     """Largest encoded image, bytes."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 64_000_000

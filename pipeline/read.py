@@ -141,11 +141,12 @@ def open_input(
             messages column, or files that disagree about a carried column; names the file.
     """
     given = [uris] if isinstance(uris, str) else list(uris)
-    listed = {uri: _list(uri) for uri in given}
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        listed = dict(zip(given, pool.map(_list, given), strict=True))
     found = {entry.uri: entry for entries in listed.values() for entry in entries}
     entries = [found[uri] for uri in sorted(found)]
     _check_one_form(entries)
-    roots = {uri: _root(uri, listed[uri]) for uri in given}
+    roots = {uri: input_root(uri, listed[uri][0].uri) for uri in given}
     folders = tuple(dict.fromkeys(roots.values()))
     if is_jsonl(entries[0].uri):
         columns = _jsonl_columns(entries[0].uri, renamed, carry)
@@ -179,10 +180,6 @@ def _list(uri: str) -> list[storage.FileEntry]:
             ".jsonl."
         )
     return found
-
-
-def _root(uri: str, entries: Sequence[storage.FileEntry]) -> str:
-    return input_root(uri, entries[0].uri)
 
 
 def _check_one_form(entries: Sequence[storage.FileEntry]) -> None:

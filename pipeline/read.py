@@ -364,19 +364,23 @@ def _settle_columns(
 
 
 def _carried_field(field: pa.Field) -> pa.Field:
-    """Nullable, as another file may hold nulls; views as plain arrays, which ``take`` can do."""
-    return pa.field(field.name, _without_views(field.type), nullable=True)
+    """Nullable, as another file may hold nulls."""
+    return pa.field(field.name, _carried_type(field.type), nullable=True)
 
 
-def _without_views(kind: pa.DataType) -> pa.DataType:
-    """``kind`` with plain strings and bytes for views of them, at any depth."""
+def _carried_type(kind: pa.DataType) -> pa.DataType:
+    """``kind`` without what varies by writer, at any depth: plain strings and bytes for views of
+    them, which ``take`` cannot do, and one width of dictionary indices, which pandas chooses by
+    the number of categories."""
     if kind in (pa.string_view(), pa.binary_view()):
         return pa.string() if kind == pa.string_view() else pa.binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(pa.int32(), _carried_type(kind.value_type), kind.ordered)
     if pa.types.is_struct(kind):
-        return pa.struct([each.with_type(_without_views(each.type)) for each in kind])
+        return pa.struct([each.with_type(_carried_type(each.type)) for each in kind])
     for is_list, make in _LISTS:
         if is_list(kind):
-            return make(kind.value_field.with_type(_without_views(kind.value_type)))
+            return make(kind.value_field.with_type(_carried_type(kind.value_type)))
     return kind
 
 
@@ -422,7 +426,7 @@ def _check_carried(
             f"{missing}: has no column {column!r} to carry; set output.carry to columns that "
             "every file has."
         )
-    if schema.field(column).type != first.field(column).type:
+    if _carried_type(schema.field(column).type) != _carried_type(first.field(column).type):
         raise InputError(
             f"{uri}: column {column!r} is {schema.field(column).type}, but "
             f"{first.field(column).type} in {first_uri}; carried columns need one type."

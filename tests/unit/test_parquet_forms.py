@@ -179,6 +179,16 @@ def test_columns_of_any_type_are_carried(tmp_path: Path, kind: pa.DataType) -> N
     assert [row for part in parts for row in part.column("label").to_pylist()] == column.to_pylist()
 
 
+def test_carried_categories_may_be_of_any_number_in_each_file(tmp_path: Path) -> None:
+    for name, kind in (("a", pa.int8()), ("b", pa.int16())):
+        column = pa.array([name], pa.dictionary(kind, pa.string()))
+        store(tmp_path / "in", f"{name}.parquet", pa.table({"prompt": ["?"], "label": column}))
+    good(prepare(tmp_path / "in", tmp_path))
+    parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
+    assert [part.column("label").to_pylist() for part in parts] == [["a"], ["b"]]
+    assert len({part.schema.field("label").type for part in parts}) == 1
+
+
 def test_columns_that_are_null_throughout_say_nothing(
     tmp_path: Path, expected: list[list[int]]
 ) -> None:

@@ -49,7 +49,7 @@ from pipeline.fetch import ImageFetcher
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease
 from pipeline.model import ModelSpec, accepted_names
-from pipeline.openai_output import write_openai_output
+from pipeline.openai_output import OPENAI_FILES, write_openai_output
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile, locate_model
 from pipeline.progress import ProgressDisplay
@@ -379,6 +379,7 @@ def _finish(
     )
     if lease is not None:
         if job.found.is_jsonl:
+            log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), len(parts))
             write_openai_output(job.to, len(parts), lease.confirm)
         lease.confirm()
         write_report(result, job.run.manifest)

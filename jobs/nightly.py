@@ -1,4 +1,4 @@
-"""The main job: Parquet prompts and images in, completions in object storage out.
+"""The main job: prompts and images in (Parquet or OpenAI batch JSONL), completions out.
 
 ``python -m jobs.nightly --config FILE [--set key.path=value ...] [--dry-run] [--retry WORDS] ...``
 
@@ -53,18 +53,19 @@ from pipeline.errors import (
     PipelineError,
     StorageError,
 )
-from pipeline.fetch import ImageFetcher, input_root
+from pipeline.fetch import ImageFetcher
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease, check_not_driven
-from pipeline.model import ModelSpec, load_prompt_format
+from pipeline.model import ModelSpec, accepted_names, load_prompt_format
+from pipeline.openai_output import OPENAI_FILES, write_openai_output
 from pipeline.prepare import PrepareSpec
-from pipeline.profile import EngineProfile, load_profile
+from pipeline.profile import EngineProfile, load_profile, locate_model
 from pipeline.progress import ProgressDisplay
 from pipeline.read import Input, open_input
 from pipeline.reopen import parse_retry, reopen
 from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, judge, total, write_report
-from pipeline.run import Run, check_not_emptied, open_run
+from pipeline.run import Run, check_not_emptied, open_run, planned_files
 from pipeline.watch import Reason, Watch
 from pipeline.web import WebReader
 
@@ -100,8 +101,6 @@ class Job:
     profile: EngineProfile
     found: Input
     run: Run
-    root: str
-    """The input's folder: relative image URIs start there."""
     start_engine: Callable[[EngineSpec], Engine]
     started: float
     """By the monotonic clock."""
@@ -195,8 +194,8 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
         raise ConfigError("give --retry or --new-run, not both.")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
     found = _find_input(config, new_run=arguments.new_run)
-    root = input_root(config.input.uri, found.files[0].uri)
-    _check_apart(config, root)
+    for root in found.roots:
+        _check_apart(config, root)
     deadline = config.limits.deadline
 
     def look() -> Run:
@@ -213,7 +212,6 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
         profile=profile,
         found=found,
         run=look(),
-        root=root,
         start_engine=start_engine,
         started=started,
         deadline=resolve_deadline(deadline, started=datetime.now(UTC)) if deadline else None,
@@ -225,7 +223,12 @@ def settle(arguments: argparse.Namespace, start_engine: Callable[[EngineSpec], E
 
 def _find_input(config: JobConfig, *, new_run: bool) -> Input:
     try:
-        return open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+        return open_input(
+            config.input.uri,
+            renamed=config.input.columns,
+            carry=config.output.carry,
+            planned=() if new_run else planned_files(config.output.uri),
+        )
     except InputError:
         if not new_run:
             check_not_emptied(config)
@@ -418,6 +421,9 @@ def _finish(
         deadline_passed=deadline_passed,
     )
     if lease is not None:
+        if job.found.is_jsonl:
+            log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), len(parts))
+            write_openai_output(job.to, len(parts), lease.confirm)
         lease.confirm()
         write_report(result, job.run.manifest)
         clear_journals(job.run.uri)
@@ -522,6 +528,7 @@ def _flow_spec(job: Job) -> FlowSpec:
         run_seed=config.seed,
         max_image_pixels=limits.max_image_pixels,
         fetcher=_fetcher(job),
+        model_names=accepted_names(locate_model(profile.model), profile.engine_args),
     )
     sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
     replica = ReplicaSpec(
@@ -553,7 +560,7 @@ def _fetcher(job: Job) -> ImageFetcher:
     allowed, limits = job.config.images, job.config.limits
     size, at_a_time = limits.max_image_bytes, limits.image_fetch_concurrency
     web = WebReader(tuple(allowed.domains), allowed.timeout_s, size, at_a_time)
-    return ImageFetcher(job.root, size, at_a_time, tuple(allowed.roots), web)
+    return ImageFetcher(job.found.roots[0], size, at_a_time, tuple(allowed.roots), web)
 
 
 def _local_cpus() -> int:

@@ -26,13 +26,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def _check_uris(value: Any) -> Any:
+    uris = value if isinstance(value, list) else [value]
+    if not uris or not all(isinstance(uri, str) and uri for uri in uris):
+        raise ValueError("must be a URI or a path, or a list of them")
+    return value
+
+
 class InputSection(_Section):
     """Where the rows come from."""
 
-    uri: Annotated[str, Field(min_length=1)]
-    """A Parquet file, a folder (searched recursively) or a glob: file://, s3://, gs://, a path."""
+    uri: Annotated[str | list[str], BeforeValidator(_check_uris)]
+    """Parquet or OpenAI batch JSONL: a file, a folder (searched recursively), a glob, or a list of
+    those; file://, s3://, gs://, a path."""
     columns: Columns = {}
-    """Our column name -> the input's column name, where they differ."""
+    """Our column name -> the input's column name, where they differ; of Parquet."""
 
 
 class OutputSection(_Section):
@@ -78,7 +86,7 @@ class LimitsSection(_Section):
     shard_rows: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Most rows in a shard, the unit of work, of commit and of resume."""
     shard_bytes: Annotated[int, Field(ge=1)] = 64 * 2**20
-    """Most bytes in a shard, estimated from the Parquet footers (images make rows heavy)."""
+    """Most bytes in a shard (images make rows heavy); estimated from the footers of Parquet."""
     max_image_bytes: Annotated[int, Field(ge=1)] = 20 * 2**20
     """Largest encoded image, bytes."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 64_000_000

@@ -1,9 +1,10 @@
 """duplicates: rows whose explicit ``custom_id`` an earlier row of the input has. Exact, global.
 
-In: the input's files in plan order and the name of their id column. Out: ``Duplicates``, saved
-with the run, so that a resume reads no column. Of all ids only 64-bit hashes are held (8 bytes a
-row); where one occurs twice, the column is read again and the ids behind it are compared, a bounded
-number at a time. An input with millions of repeated ids therefore costs passes, not memory.
+In: the input's files in plan order and the name of their id column (JSONL has one name for it).
+Out: ``Duplicates``, saved with the run, so that a resume reads no ids. Of all ids only 64-bit
+hashes are held (8 bytes a row); where one occurs twice, the ids are read again and those behind it
+are compared, a bounded number at a time. An input with millions of repeated ids therefore costs
+passes, not memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.jsonl import is_jsonl, iterate_rows
+from pipeline.openai_input import read_line
 from pipeline.plan import FirstUse, InputFile, Shard
 
 _THREADS = 4  # hashing takes turns: more would only hold more
@@ -211,25 +215,45 @@ def _repeating(
 
 
 def _read_ids(file: InputFile, column: str) -> Iterator[tuple[int, list[str | None]]]:
-    """Batches of the column: number of the first row, then each row's id or None."""
-    first = 0
+    """Batches of a file's ids: number of the first row, then each row's id or None."""
+    read = _read_line_ids(file) if is_jsonl(file.uri) else _read_column(file, column)
     try:
-        with storage.open_input(file.uri) as handle:
-            parquet = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
-            if parquet.metadata.num_rows != file.rows:
-                raise StorageError(
-                    f"{file.uri}: changed since it was listed: rows {file.rows} -> "
-                    f"{parquet.metadata.num_rows}; start again"
-                )
-            if column not in parquet.schema_arrow.names:
-                return
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
-                yield first, _as_text(batch.column(column))
-                first += batch.num_rows
+        yield from read
     except FileNotFoundError:
         raise StorageError(f"{file.uri}: is gone since it was listed; start again") from None
     except pa.ArrowException as error:
         raise StorageError(f"cannot read {column!r} of {file.uri}: {error}") from error
+
+
+def _read_column(file: InputFile, column: str) -> Iterator[tuple[int, list[str | None]]]:
+    first = 0
+    with storage.open_input(file.uri) as handle:
+        parquet = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
+        _check_rows(file, parquet.metadata.num_rows)
+        if column not in parquet.schema_arrow.names:
+            return
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=[column], use_threads=False):
+            yield first, _as_text(batch.column(column))
+            first += batch.num_rows
+
+
+def _read_line_ids(file: InputFile) -> Iterator[tuple[int, list[str | None]]]:
+    first = 0
+    with storage.open_input(file.uri) as handle:
+        rows = (line for _, line in iterate_rows(handle))
+        while ids := [read_line(line).custom_id for line in islice(rows, _BATCH_ROWS)]:
+            if first + len(ids) > file.rows:
+                _check_rows(file, first + len(ids) + sum(1 for _ in rows))
+            yield first, ids
+            first += len(ids)
+    _check_rows(file, first)
+
+
+def _check_rows(file: InputFile, found: int) -> None:
+    if found != file.rows:
+        raise StorageError(
+            f"{file.uri}: changed since it was listed: rows {file.rows} -> {found}; start again"
+        )
 
 
 def _as_text(values: pa.Array) -> list[str | None]:

@@ -37,6 +37,11 @@ class ExitCode(IntEnum):
 class ErrorCode(StrEnum):
     """``error_code`` of a record that did not succeed; docs/output.md explains each."""
 
+    INVALID_JSON_LINE = "invalid_json_line"
+    MISSING_REQUIRED_PARAMETER = "missing_required_parameter"
+    INVALID_METHOD = "invalid_method"
+    INVALID_URL = "invalid_url"
+    MODEL_NOT_FOUND = "model_not_found"
     INVALID_MESSAGES = "invalid_messages"
     INVALID_PARAMETER = "invalid_parameter"
     DUPLICATE_CUSTOM_ID = "duplicate_custom_id"

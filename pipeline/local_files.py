@@ -11,16 +11,24 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def put(path: str, data: bytes, *, publish: Callable[[Path, Path], None]) -> None:
     """Write beside ``path``, then bring it there by ``publish``: ``os.replace`` or ``os.link``."""
+    with writing(path, publish=publish) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: str, *, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
+    """A file beside ``path``, brought there by ``publish`` if the block ends well."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with beside.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         publish(beside, target)

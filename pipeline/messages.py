@@ -2,7 +2,7 @@
 
 In: a row's ``prompt``, ``messages`` and ``images`` values in any of the contract's shapes. Out: a
 ``Chat`` (plain role/content dictionaries for a chat template, and image sources in prompt order),
-or ``RowError(invalid_messages)``.
+or ``RowError(invalid_messages)``. A raw prompt, which no template touches, is a ``RawPrompt``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,29 @@ class Chat:
 
     messages: list[dict[str, Any]]
     images: tuple[ImageSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """Text for the tokenizer as it is, as the completions endpoint takes it."""
+
+    text: str
+    images: tuple[ImageSource, ...] = ()
+    """None: only messages can place them."""
+
+
+def parse_raw_prompt(prompt: Any) -> RawPrompt:
+    """A raw prompt, checked.
+
+    Raises:
+        RowError: ``invalid_messages``: no string (lists of prompts or of tokens are not
+            supported), or an empty one.
+    """
+    if not isinstance(prompt, str):
+        raise _invalid(f"prompt must be one string, not {type(prompt).__name__}")
+    if not prompt:
+        raise _invalid("the prompt is empty")
+    return RawPrompt(_checked_text(prompt, "prompt"))
 
 
 def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:

@@ -93,6 +93,10 @@ class PromptFormat:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)
 
+    def tokenize_raw(self, text: str) -> list[int]:
+        """Token ids of ``text`` with the tokenizer's special tokens (BOS), and no template."""
+        return list(self.tokenizer(text)["input_ids"])
+
     def check_images(self, token_ids: list[int], images: int) -> None:
         """Refuse prompts whose image tokens are not exactly those of their images.
 
@@ -176,6 +180,18 @@ def model_folder(model: str, revision: str | None) -> Path:
 def model_name(model: str) -> str:
     """The name records carry: a hub id as it is, a folder by its last part."""
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def accepted_names(model: str, engine_args: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a request may call the model: its name in records, that name's last part, and vLLM's
+    ``served_model_name``."""
+    name = model_name(model)
+    served = engine_args.get("served_model_name") or ()
+    return tuple(
+        dict.fromkeys(
+            [name, name.rsplit("/", 1)[-1], *([served] if isinstance(served, str) else served)]
+        )
+    )
 
 
 def model_revision(model: str, revision: str | None) -> str:

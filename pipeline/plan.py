@@ -1,8 +1,9 @@
 """plan: input files -> shards. Pure and deterministic; saved with the run and reused on resume.
 
-In: footers of the input's Parquet files. Out: ``Plan``, the list of shards. A shard is a range of
-rows of one file: one read task, one block, one output part, one commit. Shards are capped in rows
-and bytes, and shrink towards the end of the input so that the last ones finish together.
+In: what the input's files hold (of JSONL, also where each row starts). Out: ``Plan``, the list of
+shards. A shard is a range of rows of one file: one read task, one block, one output part, one
+commit. Shards are capped in rows and bytes, and shrink towards the end of the input so that the
+last ones finish together.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
 
 _TAIL_DIVISOR = 16
 """A shard takes at most 1/16 of the rows still to plan: the tail's last shards are small."""
@@ -21,10 +25,13 @@ _MIN_ROWS = 32
 _SECONDS = re.compile(r"\d{1,11}\.\d+")
 """A version that is a modification time: seconds since 1970. ETags have no point."""
 
+Offsets = npt.NDArray[np.int64]
+"""Where each row of a JSONL file starts, in bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One input file as its footer describes it."""
+    """One input file as its footer, or a scan of its lines, describes it."""
 
     uri: str
     size: int
@@ -33,7 +40,7 @@ class InputFile:
     """ETag or modification time."""
     rows: int
     data_bytes: int
-    """Bytes of all columns, decompressed, by the footer."""
+    """Bytes of all columns, decompressed, by the footer; of JSONL, the file's."""
 
     def changes(self, found: InputFile) -> str:
         """What ``found``, the same file asked for anew, has otherwise; empty if nothing."""
@@ -53,6 +60,10 @@ class Shard:
     uri: str
     first_row: int
     rows: int
+    first_byte: int = 0
+    """Where its first row starts in a JSONL file; 0 in Parquet, as ``end_byte``."""
+    end_byte: int = 0
+    """Where the row after its last one starts, or the file ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +88,13 @@ class Plan:
         return sum(file.rows for file in self.files)
 
     def to_json(self) -> str:
-        """The plan as saved with the run; shards as [file number, first row, rows]."""
+        """The plan as saved with the run; shards as [file number, first row, rows], of JSONL
+        files with [first byte, end byte] behind."""
         numbers = {file.uri: number for number, file in enumerate(self.files)}
         return json.dumps(
             {
                 "files": [asdict(file) for file in self.files],
-                "shards": [[numbers[s.uri], s.first_row, s.rows] for s in self.shards],
+                "shards": [[numbers[s.uri], s.first_row, s.rows, *_span(s)] for s in self.shards],
             }
         )
 
@@ -99,8 +111,8 @@ class Plan:
         try:
             files = tuple(InputFile(**file) for file in document["files"])
             shards = tuple(
-                Shard(index, files[number].uri, first_row, rows)
-                for index, (number, first_row, rows) in enumerate(document["shards"])
+                Shard(index, files[number].uri, first_row, rows, *span)
+                for index, (number, first_row, rows, *span) in enumerate(document["shards"])
             )
         except (TypeError, IndexError) as error:
             raise ValueError(f"files or shards of another form: {error}") from None
@@ -121,15 +133,25 @@ def fingerprint(files: Sequence[InputFile]) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def make_plan(files: Sequence[InputFile], *, shard_rows: int, shard_bytes: int) -> Plan:
+def make_plan(
+    files: Sequence[InputFile],
+    *,
+    shard_rows: int,
+    shard_bytes: int,
+    offsets: Mapping[str, Offsets] | None = None,
+) -> Plan:
     """Cut ``files``, in the order given, into shards.
 
     An input without rows becomes one empty shard, so that the output is a readable, empty table.
+
+    Args:
+        files: the input.
+        shard_rows: most rows in a shard.
+        shard_bytes: most bytes in a shard: exactly of JSONL, by the rows' average of Parquet. A
+            row that is larger is a shard by itself.
+        offsets: of each JSONL file, where its rows start.
     """
-    shards = [
-        Shard(index, uri, first_row, rows)
-        for index, (uri, first_row, rows) in enumerate(_cut(files, shard_rows, shard_bytes))
-    ]
+    shards = list(_cut(files, shard_rows, shard_bytes, offsets or {}))
     if not shards and files:
         shards = [Shard(0, files[0].uri, 0, 0)]
     return Plan(tuple(files), tuple(shards))
@@ -149,17 +171,35 @@ def _check_covered(files: Sequence[InputFile], shards: Sequence[Shard]) -> None:
             raise ValueError(f"{covered[file.uri]} of {file.rows} rows of {file.uri} in shards")
 
 
+def _span(shard: Shard) -> tuple[int, ...]:
+    return (shard.first_byte, shard.end_byte) if shard.end_byte else ()
+
+
 def _cut(
-    files: Sequence[InputFile], shard_rows: int, shard_bytes: int
-) -> Iterator[tuple[str, int, int]]:
+    files: Sequence[InputFile],
+    shard_rows: int,
+    shard_bytes: int,
+    offsets: Mapping[str, Offsets],
+) -> Iterator[Shard]:
+    index = 0
     left = sum(file.rows for file in files)
     for file in files:
-        row_bytes = max(1, file.data_bytes // max(1, file.rows))
-        by_bytes = max(1, shard_bytes // row_bytes)
+        starts = offsets.get(file.uri)
+        bounds = None if starts is None else np.append(starts, file.size)
         first = 0
         while first < file.rows:
             by_tail = max(_MIN_ROWS, left // _TAIL_DIVISOR)
+            by_bytes = _rows_within(shard_bytes, file, first, bounds)
             rows = min(shard_rows, by_bytes, by_tail, file.rows - first)
-            yield file.uri, first, rows
+            span = () if bounds is None else (int(bounds[first]), int(bounds[first + rows]))
+            yield Shard(index, file.uri, first, rows, *span)
+            index += 1
             first += rows
             left -= rows
+
+
+def _rows_within(size: int, file: InputFile, first: int, bounds: Offsets | None) -> int:
+    """How many rows from ``first`` on fit into ``size`` bytes, at least one."""
+    if bounds is None:
+        return max(1, size // max(1, file.data_bytes // file.rows))
+    return max(1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1 - first)

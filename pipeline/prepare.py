@@ -18,8 +18,10 @@ from pipeline import storage
 from pipeline.errors import ErrorCode, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
-from pipeline.messages import Chat, parse_chat
+from pipeline.jsonl import is_jsonl
+from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
+from pipeline.openai_input import read_line
 from pipeline.plan import FirstUse
 from pipeline.read import InputColumns
 from pipeline.records import (
@@ -31,7 +33,12 @@ from pipeline.records import (
     prepared_block,
     read_first_uses,
 )
-from pipeline.sampling import SamplingDefaults, parse_row_sampling, resolve
+from pipeline.sampling import (
+    SamplingDefaults,
+    parse_json_sampling,
+    parse_row_sampling,
+    resolve,
+)
 from pipeline.seeds import derive_seed
 
 log = logging.getLogger(__name__)
@@ -49,6 +56,8 @@ class PrepareSpec:
     run_seed: int
     max_image_pixels: int
     fetcher: ImageFetcher
+    model_names: tuple[str, ...] = ()
+    """What a batch line's ``body.model`` may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ class _Parsed:
 
     row: int
     custom_id: str
-    chat: Chat
+    chat: Chat | RawPrompt
     sampling: SamplingDefaults
 
 
@@ -154,12 +163,17 @@ def _parse(
     spec: PrepareSpec,
     input_file: str,
 ) -> _Parsed | Failure:
-    given = row.get("custom_id")
+    line = read_line(row["line"]) if is_jsonl(input_file) else None
+    given = line.custom_id if line else row.get("custom_id")
     usable = given is not None and not isinstance(given, UnicodeDecodeError)
     custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"
     try:
         if earlier is not None:
             raise _duplicate(custom_id, earlier)
+        if line:
+            request = line.request(spec.model_names)
+            sampling = parse_json_sampling(request.parameters)
+            return _Parsed(number, custom_id, request.chat, sampling)
         for name, value in row.items():
             if isinstance(value, UnicodeDecodeError):
                 raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
@@ -198,7 +212,7 @@ def _prepare(
     try:
         prompts.check_token_ids(sampling.logit_bias)
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
-        token_ids = prompts.tokenize(item.chat.messages)
+        token_ids = _tokenize(item.chat, prompts)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
@@ -224,6 +238,12 @@ def _prepare(
         sampling=sampling,
         seeds=seeds,
     )
+
+
+def _tokenize(chat: Chat | RawPrompt, prompts: PromptFormat) -> list[int]:
+    if isinstance(chat, RawPrompt):
+        return prompts.tokenize_raw(chat.text)
+    return prompts.tokenize(chat.messages)
 
 
 def _seeds(item: _Parsed, samples: int, spec: PrepareSpec) -> tuple[int, ...]:

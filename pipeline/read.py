@@ -1,28 +1,80 @@
 """read: find the input's files and load one shard's rows from object storage.
 
-In: an input URI, then a ``Shard``. Out: footers for the planner, then one Arrow table per shard
-with just the columns asked for. Memory is bounded by the shard, not by the file's row groups.
+In: one or more input URIs, then a ``Shard``. Out: what the files hold, for the planner, then one
+Arrow table per shard with just the columns asked for. All files are Parquet, or all are OpenAI
+batch JSONL, by their suffix. Memory is bounded by the shard, not by the file's row groups; of JSONL
+only the rows' offsets are held (8 bytes a row), and just a shard's bytes are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError, StorageError
-from pipeline.plan import InputFile, Shard
+from pipeline.fetch import input_root
+from pipeline.jsonl import is_jsonl, read_rows, row_offsets
+from pipeline.openai_input import URL_COLUMN, read_line
+from pipeline.plan import InputFile, Offsets, Shard
 
 REQUEST_COLUMNS = ("custom_id", "prompt", "messages", "images", "sampling")
 """Our names of the columns a request is made of (contract)."""
 _NOT_CARRIED = frozenset({"custom_id", "prompt", "messages", "images", "sampling"})
-_SUFFIXES = (".parquet", ".pq")
+LINE_COLUMN = "line"
+"""The one column of a JSONL row: its bytes."""
+_PARQUET = (".parquet", ".pq")
+_LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataType]], ...] = (
+    (pa.types.is_list, pa.list_),
+    (pa.types.is_large_list, pa.large_list),
+    (pa.types.is_list_view, pa.list_view),
+    (pa.types.is_large_list_view, pa.large_list_view),
+)
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
+_SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
 _MAX_BATCH_ROWS = 1024
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    plain = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind in plain or bool(pa.types.is_fixed_size_binary(kind))
+
+
+def _is_list_of(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    is_list = pa.types.is_fixed_size_list(kind) or any(is_a(kind) for is_a, _ in _LISTS)
+    return is_list and (pa.types.is_null(kind.value_type) or is_item(kind.value_type))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    return _is_text(kind) or _is_bytes(kind) or pa.types.is_struct(kind)
+
+
+_REQUEST_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "custom_id": (lambda _: True, "anything"),
+    "prompt": (_is_text, "a string"),
+    "messages": (
+        lambda kind: _is_text(kind) or _is_list_of(kind, pa.types.is_struct),
+        "a list of structs, or a JSON string",
+    ),
+    "images": (
+        lambda kind: _is_image(kind) or _is_list_of(kind, _is_image),
+        "binary, a URI string, a struct<bytes, path>, or a list of those",
+    ),
+    "sampling": (
+        lambda kind: _is_text(kind) or pa.types.is_struct(kind),
+        "a struct, or a JSON string",
+    ),
+}
+"""What each request column may be, in any layout, and how to say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +84,147 @@ class InputColumns:
     request: Mapping[str, str]
     """Our name -> theirs; each may be absent from some files."""
     carried: pa.Schema
-    """Columns copied to the output; present, with one type, in every file."""
+    """Columns copied to the output; present, with one type, in every file or in its path."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Input:
     """What a look at the input found, before any row is read."""
 
     files: tuple[InputFile, ...]
     columns: InputColumns
+    roots: tuple[str, ...]
+    """The folders of the URIs that were given; relative image URIs start at the first."""
+    offsets: Mapping[str, Offsets]
+    """Where the rows start of each JSONL file that was scanned."""
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether the files are OpenAI batch JSONL."""
+        return is_jsonl(self.files[0].uri)
+
+    def row_offsets(self) -> Mapping[str, Offsets]:
+        """Where the rows start of every JSONL file; those not scanned yet are scanned.
+
+        Raises:
+            InputError: a file cannot be read, or is not the one that was looked at.
+        """
+        return {file.uri: self._offsets_of(file) for file in self.files if is_jsonl(file.uri)}
+
+    def _offsets_of(self, file: InputFile) -> Offsets:
+        if file.uri in self.offsets:
+            return self.offsets[file.uri]
+        found = _scan(storage.FileEntry(file.uri, file.size, file.version))[1]
+        if len(found) != file.rows:
+            raise InputError(f"{file.uri}: changed meanwhile: rows {file.rows} -> {len(found)}.")
+        return found
 
 
-def open_input(uri: str, *, renamed: Mapping[str, str], carry: Sequence[str] | None) -> Input:
-    """List the input, read all footers, and settle the columns.
+def open_input(
+    uris: str | Sequence[str],
+    *,
+    renamed: Mapping[str, str],
+    carry: Sequence[str] | None,
+    planned: Sequence[InputFile] = (),
+) -> Input:
+    """List the input, look into all files, and settle the columns.
+
+    Args:
+        uris: files, folders or globs; a file that several of them name counts once.
+        renamed: our column name -> theirs, where they differ.
+        carry: columns to copy to the output; None = all that are not part of the request.
+        planned: files as a saved plan has them. A JSONL file that is still the same, by size and
+            version, is not scanned again.
 
     Raises:
-        InputError: nothing there, not Parquet, unreadable, no prompt or messages column, or files
-            that disagree about a carried column; the message names the file.
+        InputError: nothing there, neither Parquet nor JSONL, or both; unreadable, no prompt or
+            messages column, or files that disagree about a carried column; names the file.
     """
+    given = [uris] if isinstance(uris, str) else list(uris)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        listed = dict(zip(given, pool.map(_list, given), strict=True))
+    found = {entry.uri: entry for entries in listed.values() for entry in entries}
+    entries = [found[uri] for uri in sorted(found)]
+    _check_one_form(entries)
+    roots = {uri: input_root(uri, listed[uri][0].uri) for uri in given}
+    folders = tuple(dict.fromkeys(roots.values()))
+    if is_jsonl(entries[0].uri):
+        columns = _jsonl_columns(entries[0].uri, renamed, carry)
+        files, offsets = _look_at_lines(entries, planned)
+        return Input(files, columns, folders, offsets)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(_footer, entries))
+    partitions = {
+        entry.uri: _partition(entry.uri, roots[uri]) for uri in given for entry in listed[uri]
+    }
+    schemas = {
+        file.uri: _with_partition(schema, partitions[file.uri], renamed) for file, schema in footers
+    }
+    files = tuple(file for file, _ in footers)
+    return Input(files, _settle_columns(schemas, renamed, carry), folders, {})
+
+
+def _list(uri: str) -> list[storage.FileEntry]:
+    """The input files at ``uri``."""
     storage.check_reachable(uri)
     try:
         entries = storage.list_files(uri)
     except (FileNotFoundError, StorageError) as error:
         raise InputError(f"input.uri {uri} cannot be listed: {error}.") from None
-    found = [entry for entry in entries if entry.uri.endswith(_SUFFIXES)]
+    found = [entry for entry in entries if entry.uri.endswith(_PARQUET) or is_jsonl(entry.uri)]
     if not found and not entries:
         raise InputError(f"input.uri {uri}: there is no file.")
     if not found:
         raise InputError(
-            f"input.uri {uri}: found {len(entries)} files, none of them ending in .parquet."
+            f"input.uri {uri}: found {len(entries)} files, none of them ending in .parquet or "
+            ".jsonl."
         )
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = list(pool.map(_footer, found))
-    files = tuple(file for file, _ in footers)
-    schemas = {file.uri: schema for file, schema in footers}
-    return Input(files, _settle_columns(schemas, renamed, carry))
+    return found
+
+
+def _check_one_form(entries: Sequence[storage.FileEntry]) -> None:
+    lines = [entry.uri for entry in entries if is_jsonl(entry.uri)]
+    tables = [entry.uri for entry in entries if not is_jsonl(entry.uri)]
+    if lines and tables:
+        raise InputError(
+            f"input.uri: {lines[0]} is JSONL, but {tables[0]} is Parquet; a run reads one form: "
+            "give a glob, or a list of files."
+        )
+
+
+def _jsonl_columns(
+    uri: str, renamed: Mapping[str, str], carry: Sequence[str] | None
+) -> InputColumns:
+    for key, value in (("input.columns", renamed), ("output.carry", carry)):
+        if value:
+            raise InputError(f"{key}: is for Parquet; {uri} is JSONL, which has no columns.")
+    return InputColumns({LINE_COLUMN: LINE_COLUMN}, pa.schema([(URL_COLUMN, pa.string())]))
+
+
+def _look_at_lines(
+    entries: Sequence[storage.FileEntry], planned: Sequence[InputFile]
+) -> tuple[tuple[InputFile, ...], dict[str, Offsets]]:
+    """The files, and the rows' offsets of those that had to be scanned."""
+    saved = {(file.uri, file.size, file.version): file for file in planned}
+    new = [entry for entry in entries if (entry.uri, entry.size, entry.version) not in saved]
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        scanned = {file.uri: (file, offsets) for file, offsets in pool.map(_scan, new)}
+    files = tuple(
+        scanned[entry.uri][0]
+        if entry.uri in scanned
+        else saved[entry.uri, entry.size, entry.version]
+        for entry in entries
+    )
+    return files, {uri: offsets for uri, (_, offsets) in scanned.items()}
+
+
+def _scan(entry: storage.FileEntry) -> tuple[InputFile, Offsets]:
+    try:
+        with storage.open_input(entry.uri) as handle:
+            offsets = row_offsets(handle)
+    except (FileNotFoundError, StorageError) as error:
+        raise InputError(f"{entry.uri}: cannot be read: {error}.") from None
+    return InputFile(entry.uri, entry.size, entry.version, len(offsets), entry.size), offsets
 
 
 def read_shard(
@@ -111,17 +269,56 @@ def _check_unchanged(planned: InputFile) -> None:
 
 def _read_planned_rows(shard: Shard, columns: InputColumns) -> pa.Table:
     with storage.open_input(shard.uri) as handle:
-        file = pq.ParquetFile(handle)
-        present = set(file.schema_arrow.names)
-        request = {ours: theirs for ours, theirs in columns.request.items() if theirs in present}
-        wanted = sorted({*request.values(), *columns.carried.names})
-        table = _read_rows(file, shard, wanted)
+        if is_jsonl(shard.uri):
+            table = _line_table(read_rows(handle, shard.first_byte, shard.end_byte))
+        else:
+            table = _read_table(pq.ParquetFile(handle), shard, columns)
     if table.num_rows != shard.rows:
         raise StorageError(
             f"{shard.uri}: rows {shard.first_row}-{shard.first_row + shard.rows - 1} were planned, "
             f"{table.num_rows} of them are there; the file changed since"
         )
     return table
+
+
+def _line_table(lines: list[bytes]) -> pa.Table:
+    urls = [read_line(line).endpoint for line in lines]
+    return pa.table(
+        {LINE_COLUMN: pa.array(lines, pa.large_binary()), URL_COLUMN: pa.array(urls, pa.string())}
+    )
+
+
+def _read_table(file: pq.ParquetFile, shard: Shard, columns: InputColumns) -> pa.Table:
+    """The wanted columns of the shard; those that only the path has are added."""
+    present = set(file.schema_arrow.names)
+    wanted = {*columns.request.values(), *columns.carried.names} & present
+    table = _read_rows(file, shard, sorted(wanted))
+    keys = [name for name in columns.carried.names if name not in present]
+    for name, value in _path_values(shard.uri, keys).items():
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def _partition(uri: str, root: str) -> list[str]:
+    """Names of the hive partition columns (``date=2026-11-22/``) between ``root`` and the file."""
+    folders = uri.removeprefix(root).split("/")[:-1]
+    return list(dict.fromkeys(f.partition("=")[0] for f in folders if f.find("=") > 0))
+
+
+def _path_values(uri: str, keys: Sequence[str]) -> dict[str, str | None]:
+    """The values of hive partition columns in a file's path: always strings."""
+    schema = pa.schema([(key, pa.string()) for key in keys])
+    found = ds.get_partition_keys(ds.HivePartitioning(schema).parse(uri))
+    return {key: found[key] for key in keys}
+
+
+def _with_partition(
+    schema: pa.Schema, keys: Sequence[str], renamed: Mapping[str, str]
+) -> pa.Schema:
+    """A file's columns and those its path adds: a column of the file comes first."""
+    taken = {*schema.names, *(renamed.get(ours, ours) for ours in REQUEST_COLUMNS)}
+    added = [pa.field(key, pa.string()) for key in keys if key not in taken]
+    return pa.schema([*schema, *added])
 
 
 def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
@@ -167,9 +364,24 @@ def _settle_columns(
 
 
 def _carried_field(field: pa.Field) -> pa.Field:
-    """Nullable, as another file may hold nulls; views as plain arrays, which ``take`` can do."""
-    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    return pa.field(field.name, plain.get(field.type, field.type), nullable=True)
+    """Nullable, as another file may hold nulls."""
+    return pa.field(field.name, _carried_type(field.type), nullable=True)
+
+
+def _carried_type(kind: pa.DataType) -> pa.DataType:
+    """``kind`` without what varies by writer, at any depth: plain strings and bytes for views of
+    them, which ``take`` cannot do, and one width of dictionary indices, which pandas chooses by
+    the number of categories."""
+    if kind in (pa.string_view(), pa.binary_view()):
+        return pa.string() if kind == pa.string_view() else pa.binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(pa.int32(), _carried_type(kind.value_type), kind.ordered)
+    if pa.types.is_struct(kind):
+        return pa.struct([each.with_type(_carried_type(each.type)) for each in kind])
+    for is_list, make in _LISTS:
+        if is_list(kind):
+            return make(kind.value_field.with_type(_carried_type(kind.value_type)))
+    return kind
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:
@@ -191,6 +403,18 @@ def _check_request_columns(
             f"{uri}: has neither a column 'prompt' nor 'messages'; its columns are "
             f"{', '.join(schema.names)}. Map them with input.columns."
         )
+    for ours, theirs in request.items():
+        if theirs in schema.names and not _may_be(ours, schema.field(theirs).type):
+            raise InputError(
+                f"{uri}: column {theirs!r} is {schema.field(theirs).type}; {ours} must be "
+                f"{_REQUEST_TYPES[ours][1]}."
+            )
+
+
+def _may_be(ours: str, kind: pa.DataType) -> bool:
+    """Whether some value of type ``kind`` is a good one for the request column ``ours``."""
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_null(plain) or _REQUEST_TYPES[ours][0](plain)
 
 
 def _check_carried(
@@ -202,7 +426,7 @@ def _check_carried(
             f"{missing}: has no column {column!r} to carry; set output.carry to columns that "
             "every file has."
         )
-    if schema.field(column).type != first.field(column).type:
+    if _carried_type(schema.field(column).type) != _carried_type(first.field(column).type):
         raise InputError(
             f"{uri}: column {column!r} is {schema.field(column).type}, but "
             f"{first.field(column).type} in {first_uri}; carried columns need one type."

@@ -4,6 +4,8 @@
     _plan.json            the input files and the shards
     _duplicates.parquet   rows that repeat a custom_id, if there are any
     data/                 the parts                           (commit)
+    output.jsonl          what the parts hold, as OpenAI's batch output; if the input is JSONL
+    errors.jsonl          rows that failed, likewise          (openai_output)
     _journal/             finished rows of open shards        (journal)
     report.*              what came of it                     (report)
     _SUCCESS              last, only when rows in = rows out
@@ -34,6 +36,7 @@ from pipeline.duplicates import Duplicates, find_duplicates
 from pipeline.engine import engine_version
 from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.model import model_name, model_revision
+from pipeline.openai_output import OPENAI_FILES
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
 from pipeline.read import Input
@@ -177,7 +180,12 @@ def open_run(
         return _resume(uri, saved, wanted, found.files, accept_changed)
     _check_leftovers(uri, new_run=new_run)
     limits = config.limits
-    plan = make_plan(found.files, shard_rows=limits.shard_rows, shard_bytes=limits.shard_bytes)
+    plan = make_plan(
+        found.files,
+        shard_rows=limits.shard_rows,
+        shard_bytes=limits.shard_bytes,
+        offsets=found.row_offsets(),
+    )
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
 
@@ -192,18 +200,38 @@ def check_not_emptied(config: JobConfig) -> None:
         RunMismatchError: nothing is left of the run's input, or the run is damaged.
         StorageError: a folder cannot be listed or read.
     """
-    storage.check_reachable(config.input.uri)
-    storage.check_reachable(config.output.uri)
+    given = config.input.uri
+    inputs = [given] if isinstance(given, str) else given
+    for each in (*inputs, config.output.uri):
+        storage.check_reachable(each)
     uri = storage.absolute(config.output.uri).rstrip("/")
     if _load(uri, new_run=False) is None:
         return
-    try:
-        there = {entry.uri for entry in storage.list_files(config.input.uri)}
-    except FileNotFoundError:
-        there = set()
+    there = {name for each in inputs for name in _file_names(each)}
     planned = _load_plan(uri).files
     if not any(file.uri in there for file in planned):
         _check_same_files(uri, planned, ())
+
+
+def _file_names(uri: str) -> list[str]:
+    try:
+        return [entry.uri for entry in storage.list_files(uri)]
+    except FileNotFoundError:
+        return []
+
+
+def planned_files(output_uri: str) -> tuple[InputFile, ...]:
+    """The input files as the run in a folder has planned them; none if there is no sound run.
+
+    Raises:
+        InputError: the output's bucket cannot be reached.
+    """
+    storage.check_reachable(output_uri)
+    uri = storage.absolute(output_uri).rstrip("/")
+    try:
+        return _load_plan(uri).files if storage.exists(storage.join(uri, "run.json")) else ()
+    except (RunMismatchError, StorageError):  # open_run tells what is wrong with the folder
+        return ()
 
 
 def _resume(
@@ -381,7 +409,8 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
         confirm()
         storage.delete_all(doomed[first : first + step])
     storage.remove_empty_folders(storage.join(uri, "_journal"))
-    for name in ("_duplicates.parquet", "_plan.json", "report.json", "report.html"):
+    described = ("_duplicates.parquet", "_plan.json", "report.json", "report.html")
+    for name in (*described, *OPENAI_FILES):
         confirm()
         storage.delete(storage.join(uri, name))
 

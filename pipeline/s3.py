@@ -1,22 +1,32 @@
-"""Requests to S3 that fsspec has no words for: conditional on a version, or about many objects.
+"""Requests to S3 that fsspec has no words for: conditional on a version, about many objects, or
+about parts of one.
 
 In: an s3fs driver, paths as it wants them. Out: contents and ETags without their quotes. Errors are
-the driver's; ``storage.py`` translates and retries.
+the driver's; ``storage.py`` translates and retries, one request at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from botocore.utils import parse_timestamp
 
 from pipeline import faults
 from pipeline.errors import StorageError, StorageUnavailableError
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 DELETE_BATCH = 1000  # objects: S3's limit for one request
+PART_BYTES = 16 * 2**20
+"""Of an upload in parts; S3 takes 10,000 of them, so that an object may have 160 GB."""
 
 
 def session() -> Any:
@@ -74,3 +84,111 @@ def delete(fs: Any, _: str, *, bucket: str, keys: Sequence[str]) -> None:
         code = error.get("Code", "")
         kind = StorageUnavailableError if faults.is_transient_code(code) else StorageError
         raise kind(f"cannot delete s3://{bucket}/{error.get('Key')}: {code} {error.get('Message')}")
+
+
+class Attempt(Protocol):
+    """Carries out a request: ``action`` gets driver and path, and is tried while that may help."""
+
+    def __call__(self, verb: str, action: Callable[[Any, str], T]) -> T:
+        """What ``action`` returns."""
+
+
+@contextmanager
+def uploading(attempt: Attempt) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends to one object, which appears once the block ends well.
+
+    Raises:
+        StorageError: the object could not be written and confirmed; what was there is left.
+    """
+    upload = _Upload(attempt)
+    try:
+        yield upload.write
+        upload.complete()
+    except BaseException:
+        upload.abort()
+        raise
+
+
+class _Upload:
+    """One object in parts, each of them tried by itself; a small object is a single PUT."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._id: str | None = None
+        self._tags: list[str] = []
+        self._buffer = bytearray()
+        self._sent = 0
+        self._tried_to_complete = False
+
+    def write(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= PART_BYTES:
+            self._send(bytes(self._buffer[:PART_BYTES]))
+            del self._buffer[:PART_BYTES]
+
+    def complete(self) -> None:
+        if self._id is None:
+            data = bytes(self._buffer)
+            self._sent = len(data)
+            self._attempt("write", lambda fs, path: fs.pipe_file(path, data))
+        else:
+            if self._buffer:
+                self._send(bytes(self._buffer))
+            self._attempt("write", self._complete)
+        self._attempt("write", self._confirm)
+
+    def abort(self) -> None:
+        """Parts that cannot be dropped are left to the bucket's rules: nobody sees them."""
+        if self._id is None:
+            return
+        try:
+            self._attempt("end an upload of", self._abort)
+        except (StorageError, FileNotFoundError) as error:
+            log.warning("parts of an upload are left behind: %s", error)
+
+    def _send(self, data: bytes) -> None:
+        if self._id is None:
+            self._id = self._attempt("write", _begin_upload)
+        number = len(self._tags) + 1
+        send = partial(_upload_part, upload=self._id, number=number, data=data)
+        self._tags.append(self._attempt("write", send))
+        self._sent += len(data)
+
+    def _complete(self, fs: Any, path: str) -> None:
+        bucket, key, _ = fs.split_path(path)
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(self._tags, 1)]
+        again, self._tried_to_complete = self._tried_to_complete, True
+        try:
+            fs.call_s3(
+                "complete_multipart_upload",
+                Bucket=bucket,
+                Key=key,
+                UploadId=self._id,
+                MultipartUpload={"Parts": parts},
+            )
+        except OSError as error:  # gone once the try before, whose answer was lost, was carried out
+            if not again or faults.answer(error)[1] != "NoSuchUpload":
+                raise
+
+    def _abort(self, fs: Any, path: str) -> None:
+        bucket, key, _ = fs.split_path(path)
+        fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=self._id)
+
+    def _confirm(self, fs: Any, path: str) -> None:
+        stored = fs.info(path)["size"]
+        if stored != self._sent:
+            raise StorageUnavailableError(f"cannot write {path}: {stored} of {self._sent} bytes")
+
+
+def _begin_upload(fs: Any, path: str) -> str:
+    bucket, key, _ = fs.split_path(path)
+    return str(fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)["UploadId"])
+
+
+def _upload_part(fs: Any, path: str, *, upload: str, number: int, data: bytes) -> str:
+    """Send one part (numbers start at 1), over an earlier attempt at it; its ETag."""
+    bucket, key, _ = fs.split_path(path)
+    answer = fs.call_s3(
+        "upload_part", Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
+    )
+    return str(answer["ETag"])

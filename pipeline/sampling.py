@@ -78,7 +78,7 @@ class SamplingDefaults(BaseModel):
             raise ValueError(f"stop: at most {_MAX_STOPS} strings, got {len(self.stop)}")
         if self.stop is not None and not all(self.stop_list):
             raise ValueError("stop: an empty string is not allowed")
-        if any(not _is_utf8(text) for text in self.stop_list):
+        if any(not is_utf8(text) for text in self.stop_list):
             raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
@@ -189,8 +189,8 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
     return Sampling(**merged)
 
 
-def _is_utf8(text: str) -> bool:
-    """JSON may bring lone surrogates."""
+def is_utf8(text: str) -> bool:
+    """Whether ``text`` can be encoded: JSON may bring lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -2,7 +2,8 @@
 
 In: URIs (``s3://``, ``gs://``, ``file://`` or plain paths). Out: bytes, seekable files, listings.
 A put is one whole object or nothing: object stores promise that for one PUT, local files get it by
-writing beside and renaming. A put that cannot be confirmed raises ``StorageError``.
+writing beside and renaming; ``open_output`` does it for objects larger than memory. A put that
+cannot be confirmed raises ``StorageError``.
 
 Every operation is tried again, for ``PATIENCE_S`` seconds or what ``patience`` says, while the
 store gives no answer (``StorageUnavailableError``); any other ``StorageError`` rises at once.
@@ -19,6 +20,7 @@ import hashlib
 import os
 import posixpath
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -257,9 +259,41 @@ def put_bytes(uri: str, data: bytes) -> None:
             local_files.put(path, data, publish=os.replace)
         else:
             fs.pipe_file(path, data)
-        _confirm(fs, path, uri, data)
+        _confirm(fs, path, uri, len(data))
 
     _attempted(uri, "write", put)
+
+
+@contextmanager
+def open_output(uri: str) -> Iterator[Callable[[bytes], object]]:
+    """A function that appends to one whole object of any size, which appears, over what was there,
+    once the block ends well; if it raises, nothing does.
+
+    On S3 by an upload in parts, each of which is tried again by itself; a local file is written
+    beside and renamed; for other stores the object is gathered in a temporary file.
+
+    Raises:
+        StorageError: as ``put_bytes``; also from inside the block.
+    """
+    if get_protocol(uri) in _S3_PROTOCOLS:
+        with s3.uploading(functools.partial(_attempted, uri)) as write:
+            yield write
+        return
+    fs, path = _filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _translated(uri, "write"), local_files.writing(path, publish=os.replace) as file:
+            yield file.write
+        return
+    with tempfile.NamedTemporaryFile() as gathered:
+        yield gathered.write
+        gathered.flush()
+        size = gathered.tell()
+
+        def put(fs: fsspec.AbstractFileSystem, path: str) -> None:
+            fs.put_file(gathered.name, path)
+            _confirm(fs, path, uri, size)
+
+        _attempted(uri, "write", put)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
@@ -287,7 +321,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
                 return bool(fs.info(path)["size"] == len(data)) and fs.cat_file(path) == data
             except FileNotFoundError:
                 raise StorageUnavailableError(f"cannot write {uri}: it came and went") from error
-        _confirm(fs, path, uri, data)
+        _confirm(fs, path, uri, len(data))
         return True
 
     return _attempted(uri, "write", create)
@@ -517,10 +551,10 @@ def _is_refused(error: OSError) -> bool:
     return isinstance(error, FileExistsError) or faults.answer(error)[0] == 412
 
 
-def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, data: bytes) -> None:
+def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, size: int) -> None:
     stored = fs.info(path)["size"]
-    if stored != len(data):
-        raise StorageUnavailableError(f"cannot write {uri}: stored {stored} of {len(data)} bytes")
+    if stored != size:
+        raise StorageUnavailableError(f"cannot write {uri}: stored {stored} of {size} bytes")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -141,6 +142,46 @@ def test_reads_outlast_faults_and_come_whole(front: S3Front, folder: str, fault:
         front.script.extend([fault] * 2)
         assert read() == b"content" * 1000
         assert not front.script
+
+
+@pytest.mark.parametrize("megabytes", [0, 1, 16, 40])
+def test_an_object_written_piece_by_piece_is_whole(
+    front: S3Front, folder: str, megabytes: int
+) -> None:
+    uri = f"{folder}/object"
+    pieces = [bytes([number % 251]) * 2**20 for number in range(megabytes)]
+    storage.put_bytes(uri, b"old")
+    with storage.open_output(uri) as write:
+        for piece in pieces:
+            write(piece)
+        assert storage.read_bytes(uri) == b"old"
+    assert storage.read_bytes(uri) == b"".join(pieces)
+    assert ("POST" in front.methods) == (megabytes >= 16)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_request_of_an_upload_in_parts_outlasts_faults(
+    front: S3Front, folder: str, fault: str
+) -> None:
+    uri = f"{folder}/object"
+    with storage.open_output(uri) as write:
+        front.script.extend([fault, "", fault])
+        write(b"a" * 16 * 2**20)
+        assert not front.script
+        write(b"b")
+        front.script.extend([fault, "", fault, "", fault])
+    assert not front.script
+    assert storage.read_bytes(uri) == b"a" * 16 * 2**20 + b"b"
+
+
+def test_an_upload_that_is_broken_off_leaves_what_was_there(front: S3Front, folder: str) -> None:
+    uri = f"{folder}/object"
+    storage.put_bytes(uri, b"old")
+    with suppress(RuntimeError), storage.open_output(uri) as write:
+        write(b"a" * 17 * 2**20)
+        raise RuntimeError
+    assert front.methods[-1] == "DELETE"
+    assert storage.read_bytes(uri) == b"old"
 
 
 def test_an_empty_object_reads_as_empty(folder: str) -> None:

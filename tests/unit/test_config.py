@@ -63,6 +63,9 @@ def test_an_unknown_key_names_the_key_and_the_nearest_valid_one(
         ({"seed": -1}, "'seed' = -1"),
         ({"sampling": {"temperature": "hot"}}, "sampling.temperature' = 'hot'"),
         ({"input": {}}, "'input.uri' is missing"),
+        ({"input": {"uri": ""}}, "'input.uri' = '': must be a URI or a path, or a list"),
+        ({"input": {"uri": []}}, r"'input.uri' = \[\]: must be"),
+        ({"input": {"uri": ["a", 5]}}, r"'input.uri' = \['a', 5\]: must be"),
     ],
 )
 def test_a_wrong_value_names_key_and_value(
@@ -70,6 +73,11 @@ def test_a_wrong_value_names_key_and_value(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, {**MINIMAL, **change}))
+
+
+def test_an_input_may_be_a_list(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["input.uri=[a.jsonl, s3://b/c.jsonl]"])
+    assert config.input.uri == ["a.jsonl", "s3://b/c.jsonl"]
 
 
 def test_set_overrides_nested_values_and_leaves_the_rest(tmp_path: Path) -> None:

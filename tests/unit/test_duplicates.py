@@ -197,3 +197,27 @@ def test_memory_is_a_few_bytes_per_row(tmp_path: Path) -> None:
     measured = json.loads(done.stdout)
     assert measured["found"] == 100
     assert measured["extra"] < 130  # MB; the ids as Python strings alone would be 100 MB
+
+
+def test_ids_of_batch_lines_are_found_too_and_bad_lines_have_none(tmp_path: Path) -> None:
+    ids: list[list[object]] = [["a", "b", "a", None, 5], ["b", None, "c", 5, "é"], ["é", ""]]
+    files = []
+    for number, column in enumerate(ids):
+        path = tmp_path / f"{number}.jsonl"
+        lines = [json.dumps({"custom_id": each}).encode() for each in column]
+        path.write_bytes(b"\n".join([b"\xef\xbb\xbf", *lines, b'["a"]', b"a\xff", b""]))
+        rows = len(column) + 2
+        files.append(InputFile(f"file://{path}", path.stat().st_size, "v1", rows, 1))
+    usable = [[each if isinstance(each, str) and each else None for each in c] for c in ids]
+    assert found(find_duplicates(files, "custom_id")) == expected(
+        [[*column, None, None] for column in usable]
+    )
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_jsonl_file_with_other_rows_than_listed_is_an_error(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"custom_id": "a"}\n' * 3)
+    file = InputFile(f"file://{path}", 1, "v1", rows, 1)
+    with pytest.raises(StorageError, match=rf"a\.jsonl: changed .* rows {rows} -> 3"):
+        find_duplicates([file], "custom_id")

@@ -1,5 +1,6 @@
 """After a deadline: journaled records stay, every other sample is one expired record."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.journal import Journal
 from pipeline.model import ModelSpec
 from pipeline.plan import Shard
 from pipeline.prepare import PrepareSpec
-from pipeline.read import InputColumns
+from pipeline.read import InputColumns, open_input, read_shard
 from pipeline.records import Completion, input_block
 from pipeline.sampling import SamplingDefaults
 from pipeline.seeds import derive_seed
@@ -34,15 +35,22 @@ def to(tmp_path: Path) -> Destination:
 
 
 def expire(to: Destination) -> list[dict[str, Any]]:
+    columns = InputColumns({name: name for name in NAMES}, _carried())
+    return expire_rows(to, SHARD, pa.Table.from_pylist(ROWS), columns)
+
+
+def expire_rows(
+    to: Destination, shard: Shard, rows: pa.Table, columns: InputColumns
+) -> list[dict[str, Any]]:
     spec = PrepareSpec(
         model=ModelSpec("/no/model/is/needed", None, max_model_len=512),
-        columns=InputColumns({name: name for name in NAMES}, _carried()),
+        columns=columns,
         sampling=SamplingDefaults(),
         run_seed=7,
         max_image_pixels=1,
         fetcher=ImageFetcher(to.output_uri, 1, 1),
     )
-    expire_shard(input_block(SHARD, pa.Table.from_pylist(ROWS)), to=to, prepare=spec)
+    expire_shard(input_block(shard, rows), to=to, prepare=spec)
     path = Path(to.output_uri.removeprefix("file://")) / "data" / "part-000000.parquet"
     records: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return records
@@ -76,6 +84,24 @@ def test_no_row_counts_as_made_by_the_attempt(
     expire(to)
     (stats,) = read_stats(to.output_uri, [0])
     assert (stats.rows["succeeded"], stats.taken_over) == (len(journaled), len(ROWS))
+
+
+def test_batch_lines_expire_too_with_their_ids_samples_and_endpoints(
+    to: Destination, tmp_path: Path
+) -> None:
+    body = {"prompt": "x", "n": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(line) + "\n{")
+    found = open_input(str(path), renamed={}, carry=None)
+    shard = Shard(0, found.files[0].uri, 0, 2, 0, path.stat().st_size)
+    records = expire_rows(to, shard, read_shard(shard, found.columns), found.columns)
+    assert [(r["custom_id"], r["sample_index"], r["url"]) for r in records] == [
+        ("a", 0, "/v1/completions"),
+        ("a", 1, "/v1/completions"),
+        ("rows.jsonl:1", 0, None),
+    ]
+    assert {r["status"] for r in records} == {"expired"}
 
 
 def test_what_was_journaled_stays_and_the_journal_is_gone(to: Destination) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from pipeline.plan import InputFile, Plan, fingerprint, make_plan
@@ -110,3 +111,39 @@ def test_what_changed_of_a_file_is_named_old_to_new() -> None:
         "version 2026-11-22T23:30:00.250000+00:00 -> 1970-01-01T00:00:01+00:00"
     )
     assert planned.changes(planned) == ""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shards_of_jsonl_are_ranges_of_bytes_that_meet_both_caps(seed: int) -> None:
+    dice = random.Random(seed)
+    files, offsets = [], {}
+    for number in range(dice.randint(1, 4)):
+        lengths = [dice.choice([10, 100, 5000]) for _ in range(dice.choice([0, 1, 2000]))]
+        starts = np.array([0, *np.cumsum(lengths)], np.int64)
+        uri = f"s3://b/{number}.jsonl"
+        files.append(InputFile(uri, int(starts[-1]), "v1", len(lengths), int(starts[-1])))
+        offsets[uri] = starts[:-1]
+    plan = make_plan(files, shard_rows=50, shard_bytes=20_000, offsets=offsets)
+    rows = covered(plan)
+    for each in files:
+        assert rows.get(each.uri, []) == list(range(each.rows))
+        bounds = [*offsets[each.uri].tolist(), each.size]
+        for shard in plan.shards:
+            if shard.uri == each.uri and shard.rows:
+                assert shard.first_byte == bounds[shard.first_row]
+                assert shard.end_byte == bounds[shard.first_row + shard.rows]
+                assert shard.end_byte - shard.first_byte <= 20_000
+    assert all(shard.rows <= 50 for shard in plan.shards)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_line_larger_than_the_byte_cap_is_a_shard_by_itself() -> None:
+    uri = "s3://b/a.jsonl"
+    starts = np.array([0, 10, 10_010], np.int64)
+    files = [InputFile(uri, 10_020, "v1", 3, 10_020)]
+    plan = make_plan(files, shard_rows=50, shard_bytes=100, offsets={uri: starts})
+    assert [(shard.first_byte, shard.end_byte) for shard in plan.shards] == [
+        (0, 10),
+        (10, 10_010),
+        (10_010, 10_020),
+    ]

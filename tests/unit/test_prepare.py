@@ -1,7 +1,10 @@
 """Preparing: rows become token ids with exact counts, or errored records; order and count stay."""
 
+import base64
 import io
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
 from pipeline.plan import FirstUse, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
-from pipeline.read import InputColumns
+from pipeline.read import InputColumns, open_input, read_shard
 from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
 from pipeline.sampling import SamplingDefaults
 from pipeline.seeds import derive_seed
@@ -64,6 +67,31 @@ def prepare_table(
     block = prepare_block(input_block(shard, table, first_uses), spec=spec)
     assert carried_columns(block).column_names == carried.names
     return read_prepared(block)
+
+
+def prepare_lines(tmp_path: Path, *lines: bytes) -> list[Prepared | Failure]:
+    """What a JSONL file of these lines becomes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found = open_input(str(path), renamed={}, carry=None)
+    spec = PrepareSpec(
+        model=MODEL,
+        columns=found.columns,
+        sampling=SamplingDefaults(temperature=0.5),
+        run_seed=7,
+        max_image_pixels=10**6,
+        fetcher=ImageFetcher(f"file://{tmp_path}", 10**6, 4),
+        model_names=("mini-maverick",),
+    )
+    shard = Shard(0, found.files[0].uri, 0, len(lines), 0, path.stat().st_size)
+    block = prepare_block(input_block(shard, read_shard(shard, found.columns)), spec=spec)
+    assert carried_columns(block).column_names == ["url"]
+    return read_prepared(block)
+
+
+def batch_line(custom_id: str, url: str = "/v1/chat/completions", **body: Any) -> bytes:
+    document = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+    return json.dumps(document).encode()
 
 
 def good(item: Prepared | Failure) -> Prepared:
@@ -221,3 +249,50 @@ def test_a_repeated_custom_id_is_a_failure_that_names_its_first_use(tmp_path: Pa
     assert "custom_id 'a' was used before, by row 7 of s3://b/first.parquet" in repeated.message
     assert (repeated.attempts, repeated.prompt_tokens, repeated.image_tokens) == (0, 0, 0)
     assert repeated.seed == derive_seed(7, "a", 0)
+
+
+def test_a_chat_line_becomes_what_the_same_messages_in_parquet_become(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Count to 3."}]
+    (line,) = prepare_lines(
+        tmp_path, batch_line("a", messages=messages, max_tokens=9, n=2, model="mini-maverick")
+    )
+    (row,) = prepare(
+        tmp_path,
+        [{"custom_id": "a", "messages": messages, "sampling": {"max_tokens": 9, "n": 2}}],
+    )
+    assert replace(good(line), input_row=100) == good(row)
+
+
+def test_a_completions_line_is_tokenized_as_it_is_with_one_bos(tmp_path: Path) -> None:
+    (item,) = prepare_lines(tmp_path, batch_line("a", "/v1/completions", prompt="Count to 3."))
+    assert list(good(item).token_ids) == [256, *b"Count to 3."]
+
+
+def test_images_of_a_line_are_read_from_data_urls_and_files(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(56, 56))
+    inline = f"data:image/png;base64,{base64.b64encode(png(112, 56)).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in ("a.png", inline)]
+    (item,) = prepare_lines(
+        tmp_path, batch_line("a", messages=[{"role": "user", "content": parts}])
+    )
+    assert good(item).image_tokens == 7 + 17
+
+
+def test_each_bad_line_is_one_record_with_an_id(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "?"}]
+    items = prepare_lines(
+        tmp_path,
+        b"{",
+        batch_line("b", messages=messages),
+        batch_line("c", messages=messages, model="other"),
+        batch_line("d", messages=messages, temperature=9),
+        batch_line("e", "/v1/completions", prompt="<|image|>"),
+    )
+    assert [code(item) for item in items if isinstance(item, Failure)] == [
+        "invalid_json_line",
+        "model_not_found",
+        "invalid_parameter",
+        "invalid_messages",
+    ]
+    assert [item.custom_id for item in items] == ["rows.jsonl:0", "b", "c", "d", "e"]
+    assert items[0].input_row == 0

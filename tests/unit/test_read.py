@@ -1,6 +1,8 @@
 """Reading: any range of rows of any layout of row groups; inputs that cannot be read are named."""
 
+import json
 import os
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, StorageError
-from pipeline.plan import Shard
-from pipeline.read import open_input, read_shard
+from pipeline.plan import InputFile, Shard, make_plan
+from pipeline.read import Input, open_input, read_shard
 
 
 def write(path: Path, columns: dict[str, object], *, row_group_size: int = 1000) -> Path:
@@ -53,7 +55,7 @@ def test_rows_of_the_planned_version_are_read(tmp_path: Path) -> None:
     ("columns", "what"),
     [
         ({"prompt": ["other"] * 10, "n": list(range(10))}, r"version .* -> "),
-        (numbered(10), r"\(version [\d.]+ -> 1\.0\)"),
+        (numbered(10), r"\(version 20\S+ -> 1970-01-01T\S+\)"),
         (numbered(9), r"size \d+ -> \d+, version .* -> "),
         ({"something": ["else"]}, r"size \d+ -> \d+, version .* -> "),
     ],
@@ -129,8 +131,17 @@ def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
     ("files", "renamed", "carry", "message"),
     [
         ({}, {}, None, "there is no file"),
-        ({"a.txt": None}, {}, None, "found 1 files, none of them ending in .parquet"),
+        ({"a.txt": None}, {}, None, "found 1 files, none of them ending in .parquet or .jsonl"),
         ({"a.parquet": None}, {}, None, r"a\.parquet: is not a readable Parquet file"),
+        ({"a.parquet": b""}, {}, None, r"a\.parquet: is not a readable Parquet file.* 0 bytes"),
+        (
+            {"a.parquet": {"prompt": ["x"]}, "b/c.jsonl": b"{}"},
+            {},
+            None,
+            r"b/c\.jsonl is JSONL, but .*a\.parquet is Parquet",
+        ),
+        ({"a.jsonl": b"{}"}, {"prompt": "q"}, None, r"input\.columns: .*a\.jsonl is JSONL"),
+        ({"a.jsonl": b"{}"}, {}, ["label"], r"output\.carry: .*a\.jsonl is JSONL"),
         ({"a.parquet": {"text": ["x"]}}, {}, None, r"a\.parquet: has neither .* are text\."),
         ({"a.parquet": {"prompt": ["x"]}}, {"prompt": "q"}, None, "no column 'q'"),
         ({"a.parquet": {"prompt": ["x"]}}, {"promt": "q"}, None, r"input\.columns\.promt"),
@@ -157,15 +168,164 @@ def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
 )
 def test_an_input_that_cannot_be_read_is_named(
     tmp_path: Path,
-    files: dict[str, dict[str, object] | None],
+    files: dict[str, dict[str, object] | bytes | None],
     renamed: dict[str, str],
     carry: list[str] | None,
     message: str,
 ) -> None:
     for name, columns in files.items():
-        if columns is None:
-            (tmp_path / name).write_bytes(b"this is not parquet")
+        if columns is None or isinstance(columns, bytes):
+            content = b"this is not parquet" if columns is None else columns
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
         else:
             write(tmp_path / name, columns)
     with pytest.raises(InputError, match=message):
         open_input(str(tmp_path), renamed=renamed, carry=carry)
+
+
+def write_lines(path: Path, rows: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dice = random.Random(rows)
+    lines = (
+        json.dumps({"custom_id": f"{path.name}-{row}", "pad": "x" * dice.randrange(300)})
+        for row in range(rows)
+    )
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def settled(uri: str | list[str], planned: tuple[InputFile, ...] = ()) -> Input:
+    return open_input(uri, renamed={}, carry=None, planned=planned)
+
+
+def test_shards_of_jsonl_hold_exactly_their_lines(tmp_path: Path) -> None:
+    for name, rows in (("a.jsonl", 100), ("b.jsonl", 0), ("sub/c.jsonl", 37)):
+        write_lines(tmp_path / name, rows)
+    found = settled(str(tmp_path))
+    assert [file.rows for file in found.files] == [100, 0, 37]
+    plan = make_plan(found.files, shard_rows=9, shard_bytes=1000, offsets=found.row_offsets())
+    lines: dict[str, list[bytes]] = {file.uri: [] for file in found.files}
+    for shard in plan.shards:
+        table = read_shard(shard, found.columns, planned=None)
+        assert table.num_rows == shard.rows
+        lines[shard.uri] += table.column("line").to_pylist()
+    for uri, expected in lines.items():
+        assert expected == Path(uri.removeprefix("file://")).read_bytes().splitlines()
+
+
+def test_a_line_carries_the_endpoint_it_names(tmp_path: Path) -> None:
+    lines = ['{"url": "/v1/completions"}', '{"url": "/v1/x"}', "?", '{"url": 5}', "[]"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = settled(str(tmp_path / "a.jsonl"))
+    table = read_shard(Shard(0, found.files[0].uri, 0, 5, 0, 1000), found.columns)
+    assert found.columns.carried.names == ["url"]
+    assert table.column("url").to_pylist() == ["/v1/completions", None, None, None, None]
+
+
+def test_a_jsonl_file_that_is_as_planned_is_not_scanned_again(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", 10)
+    other = write_lines(tmp_path / "b.jsonl", 10)
+    first = settled(str(tmp_path))
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"\n", b" "))  # one row now, for whoever looks
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    write_lines(other, 11)
+    again = settled(str(tmp_path), first.files)
+    assert [file.rows for file in again.files] == [10, 11]
+    assert list(again.offsets) == [f"file://{other}"]
+    assert settled(str(tmp_path)).files[0].rows == 1
+
+
+def test_offsets_that_a_resume_did_without_are_found_when_they_are_needed(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", 10)
+    first = settled(str(tmp_path))
+    again = settled(str(tmp_path), first.files)
+    assert list(again.row_offsets()) == list(first.row_offsets())
+    assert (
+        again.row_offsets()[f"file://{path}"].tolist() == first.offsets[f"file://{path}"].tolist()
+    )
+    path.write_text("{}")
+    with pytest.raises(InputError, match=r"a\.jsonl: changed meanwhile: rows 10 -> 1"):
+        again.row_offsets()
+
+
+def test_a_jsonl_file_that_changed_since_planning_is_an_error(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", 10)
+    found = settled(str(tmp_path))
+    (file,) = found.files
+    path.write_bytes(path.read_bytes() + b"{}")
+    with pytest.raises(StorageError, match=r"a\.jsonl: changed since .*\(size"):
+        read_shard(Shard(0, file.uri, 0, 10, 0, file.size), found.columns, planned=file)
+    path.write_bytes(b"{}")
+    with pytest.raises(StorageError, match=r"rows 0-9 were planned, 1 of them are there"):
+        read_shard(Shard(0, file.uri, 0, 10, 0, file.size), found.columns)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_jsonl_without_rows_is_an_empty_input(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    found = settled(str(tmp_path))
+    plan = make_plan(found.files, shard_rows=9, shard_bytes=9, offsets=found.row_offsets())
+    assert (plan.rows, len(plan.shards)) == (0, 1)
+    assert read_shard(plan.shards[0], found.columns).num_rows == 0
+
+
+def test_a_list_of_files_folders_and_globs_counts_each_file_once(tmp_path: Path) -> None:
+    for name in ("one/a.parquet", "one/b.parquet", "two/c.parquet", "two/d.parquet"):
+        write(tmp_path / name, {"prompt": ["p"]})
+    given = [f"{tmp_path}/two/d.parquet", f"{tmp_path}/one", f"{tmp_path}/one/*.parquet"]
+    found = settled(given)
+    assert [file.uri.removeprefix(f"file://{tmp_path}/") for file in found.files] == [
+        "one/a.parquet",
+        "one/b.parquet",
+        "two/d.parquet",
+    ]
+    assert found.roots == (f"file://{tmp_path}/two", f"file://{tmp_path}/one")
+
+
+def test_a_member_of_a_list_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {"prompt": ["p"]})
+    with pytest.raises(InputError, match=r"b\.parquet: there is no file"):
+        settled([f"{tmp_path}/a.parquet", f"{tmp_path}/b.parquet"])
+
+
+def test_hive_partitions_are_carried_as_strings(tmp_path: Path) -> None:
+    for day in ("2026-11-21", "2026-11-22"):
+        for hour in ("7", "a%20b", "__HIVE_DEFAULT_PARTITION__"):
+            write(tmp_path / f"date={day}/hour={hour}/part.parquet", numbered(3))
+    found = settled(str(tmp_path))
+    assert found.columns.carried.field("date").type == pa.string()
+    assert found.columns.carried.names == ["n", "date", "hour"]
+    read = [
+        read_shard(Shard(0, file.uri, 1, 2), found.columns).select(["n", "date", "hour"])
+        for file in found.files
+    ]
+    assert [table.slice(1).to_pylist() for table in read] == [
+        [{"n": 2, "date": day, "hour": hour}]
+        for day in ("2026-11-21", "2026-11-22")
+        for hour in ("7", None, "a b")
+    ]
+
+
+def test_a_column_of_the_file_comes_before_its_partition(tmp_path: Path) -> None:
+    write(tmp_path / "date=1/a.parquet", {"prompt": ["p"], "date": [7]})
+    found = settled(str(tmp_path))
+    assert found.columns.carried.field("date").type == pa.int64()
+    table = read_shard(Shard(0, found.files[0].uri, 0, 1), found.columns)
+    assert table.column("date").to_pylist() == [7]
+
+
+def test_partitions_count_below_the_input_only_and_in_every_file(tmp_path: Path) -> None:
+    write(tmp_path / "run=5/date=1/a.parquet", {"prompt": ["p"]})
+    assert settled(f"{tmp_path}/run=5").columns.carried.names == ["date"]
+    assert settled(f"{tmp_path}/run=*/date=1/a.parquet").columns.carried.names == ["run", "date"]
+    assert settled(f"{tmp_path}/run=5/date=1/a.parquet").columns.carried.names == []
+    write(tmp_path / "run=5/b.parquet", {"prompt": ["p"]})
+    with pytest.raises(InputError, match=r"a\.parquet: has a column 'date' that .*/b\.parquet"):
+        settled(f"{tmp_path}/run=5")
+
+
+def test_a_partition_named_like_a_request_column_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "prompt=1/a.parquet", {"messages": ["[]"]})
+    assert settled(str(tmp_path)).columns.carried.names == []

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, LeaseLostError, RunMismatchError, Stora
 from pipeline.plan import FirstUse
 from pipeline.profile import load_profile
 from pipeline.read import open_input
-from pipeline.run import Run, open_run
+from pipeline.run import Run, open_run, planned_files
 
 FOREIGN = {"_lease.json", "notes.txt", "data/readme.md", "more/data/part-000000.parquet"}
 """What a run folder may hold that no new run may touch."""
@@ -39,7 +39,12 @@ def settle(
     }
     config = parse_config(document, source="test")
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
-    found = open_input(config.input.uri, renamed=config.input.columns, carry=config.output.carry)
+    found = open_input(
+        config.input.uri,
+        renamed=config.input.columns,
+        carry=config.output.carry,
+        planned=planned_files(config.output.uri),
+    )
     return open_run(config, profile, found, new_run=new_run, accept_changed=accept_changed)
 
 
@@ -64,6 +69,8 @@ def fill(folder: Path) -> set[str]:
         "_duplicates.parquet",
         "report.json",
         "report.html",
+        "output.jsonl",
+        "errors.jsonl",
         "_SUCCESS",
         *FOREIGN,
     ):
@@ -493,6 +500,43 @@ def test_a_hundred_thousand_finished_shards_are_planned_in_seconds(tmp_path: Pat
     assert (measured["done"], measured["pending"]) == (shards, 0)
     assert measured["seconds"] < 10
     assert measured["peak_mb"] < 300
+
+
+def test_a_resume_of_jsonl_trusts_the_plan_and_reads_no_line(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.jsonl"
+    path.write_text('{"custom_id": "a"}\n' * 10)
+    first = settle(tmp_path, limits={"shard_rows": 3})
+    assert [shard.first_byte for shard in first.plan.shards] == [0, 57, 114, 171]
+    assert len(first.duplicates) == 9
+    first.start()
+    status = path.stat()
+    path.write_bytes(b"\0" * status.st_size)  # whoever looked inside would find another input
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = settle(tmp_path, limits={"shard_rows": 3})
+    assert again.exists
+    assert again.plan == first.plan
+    assert len(again.duplicates) == 9
+
+
+def test_jsonl_that_changed_under_the_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.jsonl"
+    path.write_text("{}\n" * 10)
+    settle(tmp_path).start()
+    path.write_text("{}\n" * 11)
+    with pytest.raises(RunMismatchError, match=r"a\.jsonl \(size 30 -> 33, rows 10 -> 11"):
+        settle(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "foreign"])
+def test_a_folder_without_a_sound_plan_has_no_planned_files(tmp_path: Path, damage: str) -> None:
+    assert planned_files(f"{tmp_path}/out") == ()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text("{}")
+    if damage == "foreign":
+        (tmp_path / "out" / "_plan.json").write_text("[]")
+    assert planned_files(f"{tmp_path}/out") == ()
 
 
 def test_the_manifest_says_what_ran_and_holds_no_secret(folder: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,34 @@ def test_a_failed_put_leaves_the_old_object_and_nothing_beside_it(tmp_path: Path
     with pytest.raises(StorageError, match=r"cannot write file://.*/object"):
         storage.put_bytes(f"file://{tmp_path}/folder/object", b"data")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["object"]
+
+
+@pytest.mark.parametrize("place", ["file", "memory"])
+def test_an_object_written_piece_by_piece_appears_at_the_end(tmp_path: Path, place: str) -> None:
+    uri = f"{place}://{tmp_path}/deep/object"
+    with storage.open_output(uri) as write:
+        write(b"one ")
+        write(b"two")
+        assert not storage.exists(uri)
+    assert storage.read_bytes(uri) == b"one two"
+    with suppress(RuntimeError), storage.open_output(uri) as write:
+        write(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(uri) == b"one two"
+    assert [entry.uri for entry in storage.list_files(f"{place}://{tmp_path}/deep")] == [uri]
+    with storage.open_output(uri) as write:
+        write(b"new")
+    assert storage.read_bytes(uri) == b"new"
+
+
+def test_an_object_that_cannot_be_written_piece_by_piece_is_named(tmp_path: Path) -> None:
+    (tmp_path / "object").mkdir()
+    with (
+        pytest.raises(StorageError, match=r"cannot write file://.*/object"),
+        storage.open_output(f"file://{tmp_path}/object") as write,
+    ):
+        write(b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
 
 
 def test_a_listing_skips_hidden_names_at_every_level(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+"""Parquet as people have it: each layout of a column that pyarrow can write gives the same rows."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.commit import Destination, commit_outcomes, part_uri
+from pipeline.errors import ErrorCode, InputError
+from pipeline.fetch import ImageFetcher
+from pipeline.model import ModelSpec
+from pipeline.plan import Shard, make_plan
+from pipeline.prepare import PrepareSpec, prepare_block
+from pipeline.read import open_input, read_shard
+from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
+from pipeline.sampling import SamplingDefaults
+
+MODEL = ModelSpec("cluster/models/mini-maverick", None, max_model_len=512)
+MESSAGES = [[{"role": "user", "content": f"Count to {n}."}] for n in range(3)]
+STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+
+
+def png() -> bytes:
+    sink = io.BytesIO()
+    Image.new("L", (56, 56), 200).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def prepare(folder: Path, tmp_path: Path) -> list[Prepared | Failure]:
+    """All rows of a folder of Parquet files, by way of shards of two rows and committed parts."""
+    found = open_input(str(folder), renamed={}, carry=None)
+    spec = PrepareSpec(
+        model=MODEL,
+        columns=found.columns,
+        sampling=SamplingDefaults(),
+        run_seed=7,
+        max_image_pixels=10**6,
+        fetcher=ImageFetcher(f"file://{folder}", 10**6, 4),
+    )
+    items: list[Prepared | Failure] = []
+    to = Destination(f"file://{tmp_path}/out", "run", "m")
+    for shard in make_plan(found.files, shard_rows=2, shard_bytes=2**30).shards:
+        table = read_shard(shard, found.columns)
+        if table.num_rows:
+            block = prepare_block(input_block(shard, table), spec=spec)
+            items += read_prepared(block)
+            commit(to, shard, carried_columns(block))
+    return items
+
+
+def commit(to: Destination, shard: Shard, carried: pa.Table) -> None:
+    rows = range(shard.first_row, shard.first_row + shard.rows)
+    failures = [Failure(row, "a", ErrorCode.TIMEOUT, "", 0) for row in rows]
+    commit_outcomes(to, shard, failures, carried)
+
+
+def store(folder: Path, name: str, table: pa.Table) -> None:
+    folder.mkdir(exist_ok=True)
+    pq.write_table(table, folder / name)
+
+
+def good(items: list[Prepared | Failure]) -> list[Prepared]:
+    assert all(isinstance(item, Prepared) for item in items), items
+    return [item for item in items if isinstance(item, Prepared)]
+
+
+def tokens(items: list[Prepared | Failure]) -> list[list[int]]:
+    return [list(item.token_ids) for item in good(items)]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Tokens of ``MESSAGES``."""
+    folder = tmp_path_factory.mktemp("plain")
+    store(folder / "in", "a.parquet", pa.table({"messages": MESSAGES}))
+    return tokens(prepare(folder / "in", folder))
+
+
+@pytest.mark.parametrize("kind", STRINGS, ids=str)
+def test_strings_of_any_layout_are_the_same_rows(
+    tmp_path: Path, kind: pa.DataType, expected: list[list[int]]
+) -> None:
+    columns = {
+        "custom_id": ["a", "b", "c"],
+        "messages": [json.dumps(messages) for messages in MESSAGES],
+        "sampling": ['{"max_tokens": 7}', None, "{}"],
+        "label": ["x", None, "x"],
+    }
+    plain = pa.table(columns)
+    table = pa.table({name: plain[name].cast(kind) for name in plain.column_names})
+    store(tmp_path / "in", "a.parquet", table)
+    items = prepare(tmp_path / "in", tmp_path)
+    assert tokens(items) == expected
+    assert [item.custom_id for item in items] == ["a", "b", "c"]
+    assert good(items)[0].sampling.max_completion_tokens == 7
+    part = pq.read_table(part_uri(f"{tmp_path}/out", 0))
+    assert part.column("label").to_pylist() == ["x", None]
+
+
+def message_types() -> list[pa.DataType]:
+    def struct(text: pa.DataType) -> pa.DataType:
+        return pa.struct([("role", text), ("content", text)])
+
+    lists = [pa.list_, pa.large_list, pa.list_view, pa.large_list_view, lambda of: pa.list_(of, 1)]
+    return [
+        *(make(struct(pa.string())) for make in lists),
+        pa.list_(struct(pa.large_string())),
+    ]
+
+
+@pytest.mark.parametrize("kind", message_types(), ids=str)
+def test_messages_of_any_layout_are_the_same_prompts(
+    tmp_path: Path, kind: pa.DataType, expected: list[list[int]]
+) -> None:
+    store(tmp_path / "in", "a.parquet", pa.table({"messages": pa.array(MESSAGES, kind)}))
+    assert tokens(prepare(tmp_path / "in", tmp_path)) == expected
+
+
+def image_types() -> list[pa.DataType]:
+    encoded = [pa.binary(), pa.large_binary(), pa.binary_view()]
+    structs = [pa.struct([("bytes", kind), ("path", pa.string())]) for kind in encoded]
+    return [
+        *encoded,
+        *structs,
+        *(pa.list_(kind) for kind in [*encoded, *structs[:2]]),  # pyarrow writes no list of views
+        pa.large_list(structs[0]),
+        pa.list_view(structs[0]),
+        pa.list_(structs[0], 1),
+        pa.list_(pa.binary(len(png()))),
+    ]
+
+
+@pytest.mark.parametrize("kind", image_types(), ids=str)
+def test_images_of_any_layout_are_the_same_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    many = not (pa.types.is_struct(kind) or kind in (pa.binary(), pa.large_binary()))
+    many = many and kind != pa.binary_view()
+    item: Any = {"bytes": png(), "path": None} if "struct" in str(kind) else png()
+    column = pa.array([[item]] * 3 if many else [item] * 3, kind)
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"] * 3, "images": column}))
+    items = good(prepare(tmp_path / "in", tmp_path))
+    assert [each.images for each in items] == [(png(),)] * 3
+    assert [each.image_tokens for each in items] == [7] * 3
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.int8()),
+        pa.large_list(pa.string()),
+        pa.list_view(pa.int8()),
+        pa.large_list_view(pa.int8()),
+        pa.list_(pa.int8(), 2),
+        pa.list_(pa.string_view()),
+        pa.struct(
+            [("a", pa.string_view()), ("b", pa.list_(pa.dictionary(pa.int8(), pa.string())))]
+        ),
+        pa.map_(pa.string(), pa.int8()),
+        pa.dictionary(pa.int32(), pa.large_string()),
+        pa.null(),
+        pa.bool_(),
+        pa.decimal128(5, 2),
+        pa.timestamp("us", tz="UTC"),
+    ],
+    ids=str,
+)
+def test_columns_of_any_type_are_carried(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array([None] * 3, kind)
+    if pa.types.is_nested(kind) and "int8" in str(kind) and not pa.types.is_struct(kind):
+        value: Any = [("k", 1)] if pa.types.is_map(kind) else [1, 2]
+        column = pa.array([value, None, value], kind)
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"] * 3, "label": column}))
+    good(prepare(tmp_path / "in", tmp_path))
+    parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
+    assert [row for part in parts for row in part.column("label").to_pylist()] == column.to_pylist()
+
+
+def test_carried_categories_may_be_of_any_number_in_each_file(tmp_path: Path) -> None:
+    for name, kind in (("a", pa.int8()), ("b", pa.int16())):
+        column = pa.array([name], pa.dictionary(kind, pa.string()))
+        store(tmp_path / "in", f"{name}.parquet", pa.table({"prompt": ["?"], "label": column}))
+    good(prepare(tmp_path / "in", tmp_path))
+    parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
+    assert [part.column("label").to_pylist() for part in parts] == [["a"], ["b"]]
+    assert len({part.schema.field("label").type for part in parts}) == 1
+
+
+def test_columns_that_are_null_throughout_say_nothing(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
+    nulls = pa.nulls(3)
+    table = pa.table(
+        {
+            "messages": MESSAGES,
+            **dict.fromkeys(("custom_id", "prompt", "images", "sampling"), nulls),
+        }
+    )
+    store(tmp_path / "in", "a.parquet", table)
+    items = prepare(tmp_path / "in", tmp_path)
+    assert tokens(items) == expected
+    assert [item.custom_id for item in items] == [f"a.parquet:{row}" for row in range(3)]
+
+
+def test_a_prompt_that_is_null_throughout_is_one_error_per_row(tmp_path: Path) -> None:
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": pa.nulls(2)}))
+    assert [
+        item.code for item in prepare(tmp_path / "in", tmp_path) if isinstance(item, Failure)
+    ] == [ErrorCode.INVALID_MESSAGES] * 2
+
+
+def test_request_columns_may_differ_in_layout_from_file_to_file(
+    tmp_path: Path, expected: list[list[int]]
+) -> None:
+    texts = [json.dumps(messages) for messages in MESSAGES]
+    store(tmp_path / "in", "a.parquet", pa.table({"messages": MESSAGES}))
+    store(tmp_path / "in", "b.parquet", pa.table({"messages": texts}))
+    store(
+        tmp_path / "in",
+        "c.parquet",
+        pa.table({"messages": pa.array(texts).dictionary_encode(), "custom_id": [1, 2, 3]}),
+    )
+    assert tokens(prepare(tmp_path / "in", tmp_path)) == expected * 3
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_a_file_without_rows_or_row_groups_is_read_as_empty(tmp_path: Path, groups: int) -> None:
+    schema = pa.schema([("prompt", pa.string()), ("label", pa.int8())])
+    (tmp_path / "in").mkdir()
+    with pq.ParquetWriter(tmp_path / "in" / "a.parquet", schema) as writer:
+        for _ in range(groups):
+            writer.write_table(schema.empty_table())
+    store(
+        tmp_path / "in", "b.parquet", pa.table({"prompt": ["?"], "label": pa.array([1], pa.int8())})
+    )
+    assert len(good(prepare(tmp_path / "in", tmp_path))) == 1
+    (tmp_path / "in" / "b.parquet").unlink()
+    assert prepare(tmp_path / "in", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "words"),
+    [
+        ("prompt", pa.int64(), "int64"),
+        ("prompt", pa.binary(), "binary"),
+        ("messages", pa.list_(pa.int8()), "list<element: int8>"),
+        ("images", pa.list_(pa.float32()), "list<element: float>"),
+        ("sampling", pa.list_(pa.string()), "list<element: string>"),
+    ],
+)
+def test_a_request_column_of_a_type_that_no_row_can_have_is_refused(
+    tmp_path: Path, column: str, kind: pa.DataType, words: str
+) -> None:
+    columns = {"prompt": pa.array(["?"]), column: pa.array([None], kind)}
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"]}))
+    store(tmp_path / "in", "b.parquet", pa.table(columns))
+    with pytest.raises(
+        InputError, match=rf"b\.parquet: column '{column}' is {words}; {column} must"
+    ):
+        open_input(str(tmp_path / "in"), renamed={}, carry=None)

@@ -143,8 +143,8 @@ def _image_uris(folder: Path) -> Iterator[Case]:
         yield _uri(f"uri-{name}", Code.IMAGE_NOT_FOUND, uri)
     yield _uri("uri-good", None, "good.png")
     yield _uri("uri-too-large", Code.IMAGE_TOO_LARGE, "large.png")
-    yield _uri("uri-a-folder", Code.IMAGE_FETCH_FAILED, "a folder")
-    yield _uri("uri-a-pipe", Code.IMAGE_FETCH_FAILED, "pipe.png")
+    yield _uri("uri-a-folder", Code.IMAGE_FORBIDDEN, "a folder")
+    yield _uri("uri-a-pipe", Code.IMAGE_FORBIDDEN, "pipe.png")
     yield _uri("uri-too-long", Code.IMAGE_FETCH_FAILED, "x" * 10_000)
     for name, url, code in [
         ("bad-base64", "data:image/png;base64,!!!!", Code.IMAGE_INVALID),
@@ -161,7 +161,7 @@ def _messages() -> Iterator[Case]:
     code = Code.INVALID_MESSAGES
     yield Case("no-request", code, prompt=None)
     yield Case("empty-prompt", code, prompt="")
-    yield Case("both", code, messages='[{"role": "user", "content": "a"}]')
+    yield Case("both", code, prompt="a", messages='[{"role": "user", "content": "a"}]')
     yield Case("not-json", code, prompt=None, messages="{")
     yield Case("a-hundred-thousand-brackets", code, prompt=None, messages="[" * 100_000)
     yield Case("a-number", code, prompt=None, messages="7")

@@ -70,21 +70,31 @@ class PromptFormat:
     """None: a text model."""
     takes_parts: bool
     """Whether the chat template walks content parts, or wants one string."""
+    takes_tools: bool
+    """Whether the chat template tells the model of tools."""
+    knows_developer: bool
+    """Whether the chat template has a word for developer turns; they are system turns else."""
     vocab_size: int
     """Token ids the model knows: those from 0 to below this."""
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+    def tokenize(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a chat with the assistant's turn opened: one image token per image.
 
         Raises:
-            RowError: ``invalid_messages`` when the chat template refuses the messages.
+            RowError: ``invalid_messages`` when the chat template refuses the messages, or would
+                leave calls of tools out; ``invalid_parameter`` when it takes no tools.
         """
         from jinja2 import TemplateError
 
-        turns = [self._content(turn) for turn in messages]
+        self._check_tools(messages, tools)
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                self._conversation(messages),
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
             raise RowError(
@@ -125,16 +135,35 @@ class PromptFormat:
                 f"logit_bias: token id {beyond} is not below the vocabulary's {self.vocab_size}",
             )
 
-    def _content(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """One message as this template wants it, the way ``vllm.LLM.chat`` hands it over."""
-        role = "system" if turn["role"] == "developer" else turn["role"]
+    def _check_tools(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> None:
+        if self.takes_tools:
+            return
+        if tools:
+            raise RowError(
+                ErrorCode.INVALID_PARAMETER, "tools: the model's chat template takes no tools"
+            )
+        if any("tool_calls" in turn for turn in messages):
+            raise RowError(
+                ErrorCode.INVALID_MESSAGES, "tool_calls: the model's chat template takes no tools"
+            )
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as this template wants them, the way ``vllm.LLM.chat`` hands them over."""
+        turns = [{**turn, "content": self._content(turn)} for turn in messages]
+        if self.knows_developer or all(turn["role"] != "developer" for turn in turns):
+            return turns
+        return _one_system_turn(turns)
+
+    def _content(self, turn: dict[str, Any]) -> str | list[dict[str, Any]]:
         content = turn["content"]
-        if self.takes_parts:
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-        elif not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content if part["type"] == "text")
-        return {**turn, "role": role, "content": content}
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        only_text = all(part["type"] == "text" for part in parts)
+        if self.takes_parts and not (turn["role"] == "tool" and only_text):
+            return parts
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        return "\n".join(texts if self.takes_parts else filter(None, texts))
 
 
 @lru_cache(maxsize=4)
@@ -144,11 +173,14 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
 
     folder = model_folder(locate_model(spec.model), spec.revision)
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=_NO_LIMIT)
+    takes_parts = _takes_parts(tokenizer)
     return PromptFormat(
         tokenizer=tokenizer,
         max_model_len=spec.max_model_len,
         images=_image_format(folder, tokenizer, spec.max_tiles),
-        takes_parts=_takes_parts(tokenizer),
+        takes_parts=takes_parts,
+        takes_tools=_takes_tools(tokenizer, takes_parts),
+        knows_developer=_knows_developer(tokenizer),
         vocab_size=_vocab_size(folder),
     )
 
@@ -227,6 +259,39 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     except (TemplateError, TypeError):  # a template that adds strings fails on a list
         return False
     return _PROBE in text and "'text'" not in text
+
+
+def _takes_tools(tokenizer: PreTrainedTokenizerBase, takes_parts: bool) -> bool:
+    content = [{"type": "text", "text": "?"}] if takes_parts else "?"
+    function = {"name": _PROBE, "description": "", "parameters": {"type": "object"}}
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tools=[{"type": "function", "function": function}],
+        tokenize=False,
+    )
+    return _PROBE in text
+
+
+def _knows_developer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template names the role, by the look of it: vLLM's own test."""
+    template = tokenizer.get_chat_template()
+    return "'developer'" in template or '"developer"' in template
+
+
+def _one_system_turn(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Developer turns as system turns, and unless that one leads already, all of these as one."""
+    turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+    if all(turn["role"] != "system" for turn in turns[1:]):
+        return turns
+    texts = [_text(turn["content"]) for turn in turns if turn["role"] == "system"]
+    merged = {"role": "system", "content": "\n\n".join(filter(None, texts))}
+    return [merged, *(turn for turn in turns if turn["role"] != "system")]
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _json(path: Path) -> dict[str, Any]:

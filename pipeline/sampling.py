@@ -100,8 +100,6 @@ class SamplingDefaults(BaseModel):
             raise ValueError("top_logprobs wants logprobs: true")
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("give response_format or structured_outputs, not both")
-        if not is_utf8(json.dumps(self.tools, ensure_ascii=False)):
-            raise ValueError("tools: a lone surrogate is not allowed")
         strange = [key for key in self.logit_bias or () if not _TOKEN_ID.fullmatch(key)]
         if strange:
             raise ValueError(f"logit_bias: {_short(strange[0])} is no token id")

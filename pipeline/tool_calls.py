@@ -16,7 +16,6 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from pipeline.sampling import is_utf8
 from pipeline.tools import Choice, ToolUse
 
 _START, _END = "<|python_start|>", "<|python_end|>"
@@ -122,7 +121,12 @@ def _key(node: ast.expr | None) -> Any:
 
 
 def _call(name: Any, arguments: Any) -> Call:
-    if not isinstance(name, str) or not is_utf8(name):
-        raise ValueError("not a name")
+    if not isinstance(name, str):
+        raise TypeError("not a name")
+    name.encode()  # raises at a lone surrogate, which a \u escape may bring
     written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    return Call(name, written if is_utf8(written) else json.dumps(arguments))
+    try:
+        written.encode()
+    except UnicodeEncodeError:
+        written = json.dumps(arguments)
+    return Call(name, written)

@@ -89,6 +89,10 @@ def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     if not 1 <= len(tools) <= _MAX_TOOLS:
         raise ValueError(f"1 to {_MAX_TOOLS} tools, not {len(tools)}")
+    try:
+        json.dumps(tools, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate is not allowed") from None
     seen: set[str] = set()
     for index, tool in enumerate(tools):
         try:

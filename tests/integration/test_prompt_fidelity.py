@@ -30,12 +30,31 @@ from pipeline.read import InputColumns
 from pipeline.records import Completion, Prepared, input_block, read_prepared
 from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import SamplingDefaults
-from tests.chats import collapse_images
+from tests.chats import CLOCK, collapse_images
 from tests.integration.chat_reference import EXACT, WAYS, requests
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 REFERENCE_TIMEOUT_S = 280  # a start takes 20-60 s, the chats some seconds
+MINI_MAVERICK = "mini-maverick-tp1"
+NO_BLANKS = {str(byte): -100 for byte in b"\t\n\r "}
+"""The model knows no JSON: left alone, it would fill what a grammar allows with blanks."""
+FORCED: dict[str, Any] = {
+    "required": "required",
+    "named": {"type": "function", "function": {"name": "visit"}},
+}
+VISIT = {
+    "type": "function",
+    "function": {
+        "name": "visit",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
 REQUEST = {name: name for name in ("custom_id", "messages", "sampling")}
 
 
@@ -46,6 +65,8 @@ class Answers:
     prepared: Mapping[str, Prepared]
     ours: Mapping[str, Completion]
     theirs: Mapping[str, dict[str, Any]]
+    forced: Mapping[str, Completion]
+    """Of a model that takes tools: rows whose completion must be a call, by ``tool_choice``."""
 
     def texts(self, way: str) -> list[tuple[str, str, str]]:
         """(request, our text, theirs) of every request sampled in a way."""
@@ -56,26 +77,44 @@ class Answers:
         ]
 
 
-@pytest.fixture(scope="module", params=["mini-maverick-tp1", "smollm2"])
+@pytest.fixture(scope="module", params=[MINI_MAVERICK, "smollm2"])
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
     if request.param == "smollm2":
         smollm2.ensure()
     folder = tmp_path_factory.mktemp(request.param)
     profile = load_profile(request.param, overrides=EXACT)
-    prepared = prepare(request.param, profile, folder)
-    theirs = reference(request.param, folder / "reference.json")
-    return Answers(prepared, generate(profile, list(prepared.values())), theirs)
-
-
-def prepare(name: str, profile: EngineProfile, folder: Path) -> dict[str, Prepared]:
-    rows = [
-        {
-            "custom_id": key,
-            "messages": json.dumps(chat.messages),
-            "sampling": json.dumps({**sampling, "tools": chat.tools}),
-        }
-        for key, chat, sampling in requests(name)
+    asked = [
+        row(key, chat.messages, {**sampling, "tools": chat.tools})
+        for key, chat, sampling in requests(request.param)
     ]
+    prepared = prepare(profile, folder, asked)
+    theirs = reference(request.param, folder / "reference.json")
+    forced = FORCED if request.param == MINI_MAVERICK else {}
+    extra = prepare(profile, folder, [forced_row(*item) for item in forced.items()])
+    done = generate(profile, [*prepared.values(), *extra.values()])
+    forced_done = {key: done.pop(key) for key in forced}
+    return Answers(prepared, done, theirs, forced_done)
+
+
+def row(key: str, messages: list[dict[str, Any]], sampling: dict[str, Any]) -> dict[str, str]:
+    return {
+        "custom_id": key,
+        "messages": json.dumps(messages),
+        "sampling": json.dumps(sampling),
+    }
+
+
+def forced_row(key: str, tool_choice: Any) -> dict[str, str]:
+    asked = {"tools": [VISIT, CLOCK], "tool_choice": tool_choice, "parallel_tool_calls": False}
+    sampling = {**asked, "temperature": 0.0, "logit_bias": NO_BLANKS}
+    return row(key, [{"role": "user", "content": "Count to 3."}], sampling)
+
+
+def prepare(
+    profile: EngineProfile, folder: Path, rows: list[dict[str, str]]
+) -> dict[str, Prepared]:
+    if not rows:
+        return {}
     spec = PrepareSpec(
         model=ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args),
         columns=InputColumns(REQUEST, pa.schema([])),
@@ -163,3 +202,17 @@ def test_stop_strings_cut_and_are_not_part_of_the_text(answers: Answers) -> None
     whole = {key.replace("greedy", "stopped"): ours for key, ours, _ in answers.texts("greedy")}
     cut = [key for key, text in texts.items() if text != whole[key] and whole[key].startswith(text)]
     assert len(cut) > 5
+
+
+@pytest.mark.parametrize("answers", [MINI_MAVERICK], indirect=True)
+def test_a_forced_completion_is_a_call_of_an_offered_tool(answers: Answers) -> None:
+    required, named = answers.forced["required"], answers.forced["named"]
+    assert (required.code, named.code) == (None, None)
+    (call,) = json.loads(required.text)
+    assert [(found.name, json.loads(found.arguments)) for found in required.tool_calls] == [
+        (call["name"], call["parameters"])
+    ]
+    assert call["name"] in ("visit", "clock")
+    (visit,) = named.tool_calls
+    assert (visit.name, visit.arguments) == ("visit", named.text)
+    assert json.loads(named.text)["city"] in ("Oslo", "Rome")

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.errors import ErrorCode, RowError
 
 _MESSAGE_KEYS = ("role", "content", "name")
+_KEYS_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 ImageSource = bytes | str
@@ -28,6 +29,7 @@ class Chat:
     """Messages for the chat template, and the images their image parts stand for, in order."""
 
     messages: list[dict[str, Any]]
+    """``content`` is a string, parts, or None beside ``tool_calls``, whose arguments are parsed."""
     images: tuple[ImageSource, ...]
 
 
@@ -78,7 +80,7 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
             f"messages refer to {len(sources) - len(unused)} of {len(sources)} images; "
             "give each image a part {'type': 'image'}"
         )
-    if not any(_says_something(turn["content"]) for turn in chat):
+    if not any(_says_something(turn) for turn in chat):
         raise _invalid("the prompt is empty: no message has any text or image")
     return Chat(chat, tuple(attached))
 
@@ -117,12 +119,11 @@ def _turn(
     role = turn.get("role")
     if role not in _ROLES:
         raise _invalid(f"{where}.role = {role!r}: must be one of {', '.join(_ROLES)}")
-    unknown = [k for k, v in turn.items() if v not in (None, []) and k not in _MESSAGE_KEYS]
-    if unknown:
-        raise _invalid(f"{where}.{unknown[0]} is not supported")
-    name = turn.get("name")
-    known = {"role": role} if name is None else {"role": role, "name": name}
-    content = turn.get("content")
+    given = {key: value for key, value in turn.items() if value not in (None, [])}
+    known = {"role": role, **_known_keys(given, role, where)}
+    content = given.get("content")
+    if content is None and "tool_calls" in known:
+        return {**known, "content": None}
     if isinstance(content, str):
         return {**known, "content": _checked_text(content, f"{where}.content")}
     if not isinstance(content, list) or not content:
@@ -134,10 +135,71 @@ def _turn(
     return {**known, "content": parts}
 
 
-def _says_something(content: str | list[dict[str, str]]) -> bool:
-    """Whether a message's content, in normal form, has text (blanks count) or an image."""
-    if isinstance(content, str):
-        return bool(content)
+def _known_keys(given: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
+    """What a message has beside role and content."""
+    for key in given:
+        if key not in (*_MESSAGE_KEYS, *_KEYS_OF_ROLE.get(role, ())):
+            raise _invalid(f"{where}.{key} is not supported")
+    known = {
+        key: _string(given[key], f"{where}.{key}")
+        for key in ("name", "tool_call_id")
+        if key in given
+    }
+    if "tool_calls" not in given:
+        return known
+    calls = given["tool_calls"]
+    if not isinstance(calls, list):
+        raise _invalid(f"{where}.tool_calls must be a list")
+    numbered = enumerate(calls)
+    return {**known, "tool_calls": [_call(c, f"{where}.tool_calls[{i}]") for i, c in numbered]}
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """An earlier call of a tool, its arguments parsed, as chat templates want them."""
+    function = _keys(call, ("id", "type", "function"), where).get("function")
+    if call.get("type") not in (None, "function"):
+        raise _invalid(f"{where}.type = {call['type']!r}: must be function")
+    said = _keys(function, ("name", "arguments"), f"{where}.function")
+    name = _string(said.get("name"), f"{where}.function.name")
+    arguments = _arguments(said.get("arguments", ""), f"{where}.function.arguments")
+    own = {"id": _string(call["id"], f"{where}.id")} if call.get("id") is not None else {}
+    return {**own, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(text: Any, where: str) -> dict[str, Any]:
+    """Parsed; what is no JSON object (a model wrote it) counts as none, as in vLLM."""
+    try:
+        parsed = json.loads(_string(text, where))
+    except ValueError:
+        return {}
+    except RecursionError:
+        raise _invalid(f"{where} is nested too deeply") from None
+    _checked_text(json.dumps(parsed, ensure_ascii=False), where)
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _keys(value: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    """``value`` without what is null, if it is an object of these keys."""
+    if not isinstance(value, Mapping):
+        raise _invalid(f"{where} must be an object")
+    given = {key: item for key, item in value.items() if item is not None}
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise _invalid(f"{where}.{unknown[0]} is not supported")
+    return given
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _invalid(f"{where} must be a string")
+    return _checked_text(value, where)
+
+
+def _says_something(turn: Mapping[str, Any]) -> bool:
+    """Whether a message, in normal form, has text (blanks count), an image or a call."""
+    content = turn["content"]
+    if content is None or isinstance(content, str):
+        return bool(content or turn.get("tool_calls"))
     return any(part["type"] == "image" or part["text"] for part in content)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SMALL_FILE = 16 * 2**20  # bytes; larger files (weights) enter the revision by name and size
 _NO_LIMIT = 2**40  # tokens; prompts are measured by prepare, the tokenizer need not warn
+_ALWAYS_COUNTED = 2 * 2**20
+"""Characters of a prompt that are tokenized even if they cannot fit: the record tells the count."""
 _IMAGE_TOKEN = "<|image|>"
 _PROBE = "content-format-probe"
 
@@ -70,32 +72,58 @@ class PromptFormat:
     """None: a text model."""
     takes_parts: bool
     """Whether the chat template walks content parts, or wants one string."""
+    takes_tools: bool
+    """Whether the chat template tells the model of tools."""
+    knows_developer: bool
+    """Whether the chat template has a word for developer turns; they are system turns else."""
+    longest_token: int
+    """Characters of the longest token: no prompt has fewer tokens than its length over this."""
     vocab_size: int
     """Token ids the model knows: those from 0 to below this."""
 
-    def tokenize(self, messages: list[dict[str, Any]]) -> list[int]:
+    def tokenize(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a chat with the assistant's turn opened: one image token per image.
 
         Raises:
-            RowError: ``invalid_messages`` when the chat template refuses the messages.
+            RowError: ``invalid_messages`` when the chat template refuses the messages, or would
+                leave calls of tools out; ``invalid_parameter`` when it takes no tools.
         """
         from jinja2 import TemplateError
 
-        turns = [self._content(turn) for turn in messages]
+        self._check_tools(messages, tools)
         try:
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                self._conversation(messages),
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
             raise RowError(
                 ErrorCode.INVALID_MESSAGES, f"the chat template refuses the messages: {error}"
             ) from None
+        self._check_size(text)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(ids)
 
     def tokenize_raw(self, text: str) -> list[int]:
         """Token ids of ``text`` with the tokenizer's special tokens (BOS), and no template."""
+        self._check_size(text)
         return list(self.tokenizer(text)["input_ids"])
+
+    def _check_size(self, text: str) -> None:
+        """Refuse text that is too long however well it tokenizes: a token takes some 300 bytes of
+        memory meanwhile."""
+        most = max(_ALWAYS_COUNTED, self.max_model_len * self.longest_token)
+        if len(text) > most:
+            raise RowError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has {len(text)} characters, at least "
+                f"{len(text) // self.longest_token} tokens; the engine's max_model_len is "
+                f"{self.max_model_len}",
+            )
 
     def check_images(self, token_ids: list[int], images: int) -> None:
         """Refuse prompts whose image tokens are not exactly those of their images.
@@ -129,16 +157,35 @@ class PromptFormat:
                 f"logit_bias: token id {beyond} is not below the vocabulary's {self.vocab_size}",
             )
 
-    def _content(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """One message as this template wants it, the way ``vllm.LLM.chat`` hands it over."""
-        role = "system" if turn["role"] == "developer" else turn["role"]
+    def _check_tools(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> None:
+        if self.takes_tools:
+            return
+        if tools:
+            raise RowError(
+                ErrorCode.INVALID_PARAMETER, "tools: the model's chat template takes no tools"
+            )
+        if any("tool_calls" in turn for turn in messages):
+            raise RowError(
+                ErrorCode.INVALID_MESSAGES, "tool_calls: the model's chat template takes no tools"
+            )
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as this template wants them, the way ``vllm.LLM.chat`` hands them over."""
+        turns = [{**turn, "content": self._content(turn)} for turn in messages]
+        if self.knows_developer or all(turn["role"] != "developer" for turn in turns):
+            return turns
+        return _one_system_turn(turns)
+
+    def _content(self, turn: dict[str, Any]) -> str | list[dict[str, Any]]:
         content = turn["content"]
-        if self.takes_parts:
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-        elif not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content if part["type"] == "text")
-        return {**turn, "role": role, "content": content}
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        only_text = all(part["type"] == "text" for part in parts)
+        if self.takes_parts and not (turn["role"] == "tool" and only_text):
+            return parts
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        return "\n".join(texts if self.takes_parts else filter(None, texts))
 
 
 @lru_cache(maxsize=4)
@@ -150,11 +197,15 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
     tokenizer = AutoTokenizer.from_pretrained(
         folder, model_max_length=_NO_LIMIT, trust_remote_code=False
     )
+    takes_parts = _takes_parts(tokenizer)
     return PromptFormat(
         tokenizer=tokenizer,
         max_model_len=spec.max_model_len,
         images=_image_format(folder, tokenizer, spec.max_tiles),
-        takes_parts=_takes_parts(tokenizer),
+        takes_parts=takes_parts,
+        takes_tools=_takes_tools(tokenizer, takes_parts),
+        knows_developer=_knows_developer(tokenizer),
+        longest_token=max(map(len, tokenizer.get_vocab())),
         vocab_size=_vocab_size(folder),
     )
 
@@ -245,6 +296,39 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     except (TemplateError, TypeError):  # a template that adds strings fails on a list
         return False
     return _PROBE in text and "'text'" not in text
+
+
+def _takes_tools(tokenizer: PreTrainedTokenizerBase, takes_parts: bool) -> bool:
+    content = [{"type": "text", "text": "?"}] if takes_parts else "?"
+    function = {"name": _PROBE, "description": "", "parameters": {"type": "object"}}
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tools=[{"type": "function", "function": function}],
+        tokenize=False,
+    )
+    return _PROBE in text
+
+
+def _knows_developer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template names the role, by the look of it: vLLM's own test."""
+    template = tokenizer.get_chat_template()
+    return "'developer'" in template or '"developer"' in template
+
+
+def _one_system_turn(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Developer turns as system turns, and unless that one leads already, all of these as one."""
+    turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+    if all(turn["role"] != "system" for turn in turns[1:]):
+        return turns
+    texts = [_text(turn["content"]) for turn in turns if turn["role"] == "system"]
+    merged = {"role": "system", "content": "\n\n".join(filter(None, texts))}
+    return [merged, *(turn for turn in turns if turn["role"] != "system")]
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pipeline.images import image_size
 from pipeline.jsonl import is_jsonl
 from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
-from pipeline.openai_input import read_line
+from pipeline.openai_input import BatchLine, read_line
 from pipeline.plan import FirstUse
 from pipeline.read import InputColumns
 from pipeline.records import (
@@ -34,7 +34,9 @@ from pipeline.records import (
     read_first_uses,
 )
 from pipeline.sampling import (
+    Sampling,
     SamplingDefaults,
+    offered_tools,
     parse_json_sampling,
     parse_row_sampling,
     resolve,
@@ -67,7 +69,11 @@ class _Parsed:
     row: int
     custom_id: str
     chat: Chat | RawPrompt
-    sampling: SamplingDefaults
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    """One per sample."""
+    tools: list[dict[str, Any]]
+    """What the chat template tells the model of."""
 
 
 def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
@@ -103,17 +109,16 @@ def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
     return [
         expired
         for number, row in _input_rows(block, spec.columns)
-        for expired in _expired(_parse(number, row, None, spec, uri), spec)
+        for expired in _expired(_parse(number, row, None, spec, uri))
     ]
 
 
-def _expired(item: _Parsed | Failure, spec: PrepareSpec) -> list[Failure]:
+def _expired(item: _Parsed | Failure) -> list[Failure]:
     seeds: tuple[int, ...]
     if isinstance(item, Failure):
         row, custom_id, seeds = item.input_row, item.custom_id, (item.seed,)
     else:
-        row, custom_id = item.row, item.custom_id
-        seeds = _seeds(item, resolve(spec.sampling, item.sampling).n, spec)
+        row, custom_id, seeds = item.row, item.custom_id, item.seeds
     message = "limits.deadline passed before it was generated; --retry expired reopens it"
     return [
         Failure(
@@ -170,20 +175,30 @@ def _parse(
     try:
         if earlier is not None:
             raise _duplicate(custom_id, earlier)
-        if line:
-            request = line.request(spec.model_names)
-            sampling = parse_json_sampling(request.parameters)
-            return _Parsed(number, custom_id, request.chat, sampling)
-        for name, value in row.items():
-            if isinstance(value, UnicodeDecodeError):
-                raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
-        sampling = parse_row_sampling(row.get("sampling"))
-        chat = parse_chat(row.get("prompt"), row.get("messages"), row.get("images"))
+        chat, own = _request(row, line, spec)
+        sampling = resolve(spec.sampling, own)
+        if isinstance(chat, RawPrompt) and sampling.tool_use:
+            raise RowError(ErrorCode.INVALID_PARAMETER, "tools want a chat, not a raw prompt")
     except Exception as error:  # noqa: BLE001 - told apart in _row_error
         failed = _row_error(error, custom_id)
         seed = derive_seed(spec.run_seed, custom_id, 0)
         return Failure(number, custom_id, failed.code, failed.message, seed)
-    return _Parsed(number, custom_id, chat, sampling)
+    seeds = _seeds(custom_id, own.seed, sampling.n, spec)
+    return _Parsed(number, custom_id, chat, sampling, seeds, offered_tools(spec.sampling, own))
+
+
+def _request(
+    row: Mapping[str, Any], line: BatchLine | None, spec: PrepareSpec
+) -> tuple[Chat | RawPrompt, SamplingDefaults]:
+    """What a row, or a line of JSONL, asks for, and its own parameters."""
+    if line:
+        request = line.request(spec.model_names)
+        return request.chat, parse_json_sampling(request.parameters)
+    for name, value in row.items():
+        if isinstance(value, UnicodeDecodeError):
+            raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
+    own = parse_row_sampling(row.get("sampling"))
+    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), own
 
 
 def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:
@@ -206,13 +221,11 @@ def _row_error(error: Exception, custom_id: str) -> RowError:
 def _prepare(
     item: _Parsed, fetched: Mapping[str, Fetched], prompts: PromptFormat, spec: PrepareSpec
 ) -> Prepared | Failure:
-    sampling = resolve(spec.sampling, item.sampling)
-    seeds = _seeds(item, sampling.n, spec)
     image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
     try:
-        prompts.check_token_ids(sampling.logit_bias)
+        prompts.check_token_ids(item.sampling.logit_bias)
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
-        token_ids = _tokenize(item.chat, prompts)
+        token_ids = _tokenize(item, prompts)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
@@ -223,10 +236,10 @@ def _prepare(
             item.custom_id,
             failed.code,
             failed.message,
-            seeds[0],
+            item.seeds[0],
             prompt_tokens=prompt_tokens,
             image_tokens=image_tokens,
-            sampling=sampling.model_dump_json(),
+            sampling=item.sampling.model_dump_json(),
         )
     return Prepared(
         input_row=item.row,
@@ -235,22 +248,22 @@ def _prepare(
         images=images,
         image_tokens=image_tokens,
         prompt_tokens=prompt_tokens,
-        sampling=sampling,
-        seeds=seeds,
+        sampling=item.sampling,
+        seeds=item.seeds,
     )
 
 
-def _tokenize(chat: Chat | RawPrompt, prompts: PromptFormat) -> list[int]:
-    if isinstance(chat, RawPrompt):
-        return prompts.tokenize_raw(chat.text)
-    return prompts.tokenize(chat.messages)
+def _tokenize(item: _Parsed, prompts: PromptFormat) -> list[int]:
+    if isinstance(item.chat, RawPrompt):
+        return prompts.tokenize_raw(item.chat.text)
+    return prompts.tokenize(item.chat.messages, item.tools)
 
 
-def _seeds(item: _Parsed, samples: int, spec: PrepareSpec) -> tuple[int, ...]:
-    """One seed per sample: the row's own plus the sample's index, else derived."""
-    own = item.sampling.seed if item.sampling.seed is not None else spec.sampling.seed
+def _seeds(custom_id: str, own: int | None, samples: int, spec: PrepareSpec) -> tuple[int, ...]:
+    """One seed per sample: the row's ``own`` plus the sample's index, else derived."""
+    own = spec.sampling.seed if own is None else own
     if own is None:
-        return tuple(derive_seed(spec.run_seed, item.custom_id, i) for i in range(samples))
+        return tuple(derive_seed(spec.run_seed, custom_id, i) for i in range(samples))
     return tuple((own + i) % _SEED_LIMIT for i in range(samples))
 
 

@@ -108,7 +108,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """A JSON object."""
+    """JSON; an object, unless the model wrote something else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ others complete. What lives on the asyncio loop stays there: threads only wait f
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import threading
@@ -25,8 +26,9 @@ from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
 from pipeline.quarantine import Quarantine
-from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey
+from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey, ToolCall
 from pipeline.structured import Structure, is_closed, violation
+from pipeline.tool_calls import read_calls
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +259,8 @@ class Replica:
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
                     latency_s = time.monotonic() - started
                     fault = await _fault(item.sampling.structure, output)
-                    return _completion(key, item, output, latency_s, attempts, fault)
+                    calls = () if fault else await asyncio.to_thread(_tool_calls, key, item, output)
+                    return _completion(key, item, output, latency_s, attempts, fault, calls)
         except RowError as error:
             return _failure(key, item, error, attempts)
         return None
@@ -461,6 +464,22 @@ async def _fault(structure: Structure | None, output: EngineOutput) -> RowError 
     return RowError(ErrorCode.SCHEMA_VIOLATION, wrong) if wrong else None
 
 
+def _tool_calls(key: Key, item: Prepared, output: EngineOutput) -> tuple[ToolCall, ...]:
+    if item.sampling.tool_use is None:
+        return ()
+    calls = read_calls(item.sampling.tool_use, output.text)
+    return tuple(
+        ToolCall(_call_id(key, item, position), call.name, call.arguments)
+        for position, call in enumerate(calls)
+    )
+
+
+def _call_id(key: Key, item: Prepared, position: int) -> str:
+    """The same each time the row is generated, and another for each turn of a conversation."""
+    asked = (item.custom_id, key[-1], position, *item.token_ids)
+    return f"call_{hashlib.sha256(repr(asked).encode()).hexdigest()[:24]}"
+
+
 def _completion(
     key: Key,
     item: Prepared,
@@ -468,6 +487,7 @@ def _completion(
     latency_s: float,
     attempts: int,
     fault: RowError | None,
+    calls: tuple[ToolCall, ...],
 ) -> Completion:
     _, row, index = key
     return Completion(
@@ -484,6 +504,7 @@ def _completion(
         latency_s=latency_s,
         attempts=attempts,
         logprobs=output.logprobs,
+        tool_calls=calls,
         sampling=item.sampling.model_dump_json(),
         code=fault.code if fault else None,
         message=fault.message if fault else None,

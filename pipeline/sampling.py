@@ -4,7 +4,7 @@ In: the run's defaults and a row's own parameters (a mapping or a JSON string). 
 ``Sampling``, or ``RowError(invalid_parameter)`` that names parameter, value and range. A parameter
 this version cannot honour is an error, never ignored.
 
-Parquet has no good type for nested parameters (``response_format``, ``logit_bias``, ...): inside a
+Parquet has no good type for nested parameters (``response_format``, ``tools``, ...): inside a
 struct, each of them may be a JSON string as well.
 """
 
@@ -17,10 +17,18 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import ErrorCode, RowError
 from pipeline.structured import ResponseFormat, Structure, StructuredOutputs
+from pipeline.tools import ToolChoice, ToolUse, check_tools, tool_structure, tool_use
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +79,12 @@ class SamplingDefaults(BaseModel):
     """OpenAI's: any text, a JSON object, or JSON that fits a schema."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's: one of json (a schema), regex, choice, grammar; instead of response_format."""
+    tools: Annotated[list[dict[str, Any]], AfterValidator(check_tools)] | None = None
+    """OpenAI's: functions the model may call."""
+    tool_choice: ToolChoice | None = None
+    """OpenAI's: none, auto, required, or one tool. Default auto with tools."""
+    parallel_tool_calls: bool | None = None
+    """Whether a completion may call several tools. Default true."""
 
     @model_validator(mode="after")
     def _check(self) -> SamplingDefaults:
@@ -108,10 +122,11 @@ class SamplingDefaults(BaseModel):
 _WHOLE_NUMBERS = frozenset(
     {"top_k", "max_completion_tokens", "max_tokens", "seed", "n", "top_logprobs"}
 )
-_NESTED = frozenset({"logit_bias", "response_format", "structured_outputs"})
+_NESTED = frozenset({"logit_bias", "response_format", "structured_outputs", "tools"})
 _TOKEN_ID = re.compile(r"\d{1,9}", re.ASCII)
 _RESOLVED_APART: set[str] = {
     *("seed", "stop", "max_tokens", "logprobs", "top_logprobs"),
+    *("tool_choice", "parallel_tool_calls"),
     *_NESTED,
 }
 
@@ -136,6 +151,8 @@ class Sampling(BaseModel):
     """Likeliest tokens returned beside each token of the completion; None: no log probabilities."""
     structure: Structure | None = None
     """The shape the completion must have."""
+    tool_use: ToolUse | None = None
+    """How tool calls are read from the completion; None: it is text."""
 
 
 def parse_row_sampling(value: Any) -> SamplingDefaults:
@@ -170,7 +187,11 @@ def parse_json_sampling(value: Any) -> SamplingDefaults:
 
 
 def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
-    """``row`` over ``defaults`` over OpenAI's own defaults. ``seed`` is resolved elsewhere."""
+    """``row`` over ``defaults`` over OpenAI's own defaults. ``seed`` is resolved elsewhere.
+
+    Raises:
+        RowError: ``invalid_parameter``: they do not go together.
+    """
     merged: dict[str, Any] = {}
     for source in (defaults, row):
         given = source.model_dump(exclude_none=True, exclude=_RESOLVED_APART)
@@ -186,7 +207,36 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
         if source.response_format is not None or source.structured_outputs is not None:
             given["structure"] = source.structure
         merged.update(given)
+    try:
+        merged.update(_resolve_tools(defaults, row, merged.get("structure")))
+    except ValueError as error:
+        raise RowError(ErrorCode.INVALID_PARAMETER, str(error)) from None
     return Sampling(**merged)
+
+
+def offered_tools(defaults: SamplingDefaults, row: SamplingDefaults) -> list[dict[str, Any]]:
+    """The tools of a request: the row's, else the run's."""
+    return row.tools or defaults.tools or []
+
+
+def _resolve_tools(
+    defaults: SamplingDefaults, row: SamplingDefaults, structure: Structure | None
+) -> dict[str, Any]:
+    tools = offered_tools(defaults, row)
+    choice = defaults.tool_choice if row.tool_choice is None else row.tool_choice
+    parallel = row.parallel_tool_calls
+    use = tool_use(tools, choice, defaults.parallel_tool_calls if parallel is None else parallel)
+    if use is None:
+        return {}
+    if structure is not None:
+        raise ValueError("give tools or a structure (response_format, structured_outputs)")
+    return {"tool_use": use, "structure": tool_structure(tools, use)}
+
+
+@lru_cache(maxsize=1)
+def _warn_of_max_tokens() -> None:
+    """Once per process."""
+    log.warning("max_tokens is deprecated; say max_completion_tokens")
 
 
 def is_utf8(text: str) -> bool:
@@ -198,18 +248,15 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
-def _warn_of_max_tokens() -> None:
-    """Once per process."""
-    log.warning("max_tokens is deprecated; say max_completion_tokens")
-
-
 def _plain(name: str, value: Any) -> Any:
     """5.0 as 5 where a whole number is meant: pandas writes integers with nulls as floats. A nested
     parameter that is a JSON string, parsed."""
     if name in _WHOLE_NUMBERS and isinstance(value, float) and value.is_integer():
         return int(value)
-    return _from_json(value, name) if name in _NESTED and isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    is_json = name in _NESTED or (name == "tool_choice" and value.startswith("{"))
+    return _from_json(value, name) if is_json else value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -57,9 +57,11 @@ TOKEN_ID: Final = {token: BYTE_TOKENS + i for i, token in enumerate(SPECIAL_TOKE
 VOCAB_SIZE: Final = BYTE_TOKENS + len(SPECIAL_TOKENS)
 
 # Llama 4's format. Unlike the original it trims nothing, so that text stays byte for byte, and
-# refuses a role or a content part it does not know instead of dropping it.
+# refuses a role or a content part it does not know instead of dropping it. Tools are told in the
+# first user turn; the model is not trained to call them.
 CHAT_TEMPLATE: Final = """\
 {{- bos_token }}
+{%- set told = namespace(tools=not tools) %}
 {%- for message in messages %}
     {%- if message['role'] == 'tool' %}
         {%- set role = 'ipython' %}
@@ -69,6 +71,16 @@ CHAT_TEMPLATE: Final = """\
         {{- raise_exception('unknown role: ' ~ message['role']) }}
     {%- endif %}
     {{- '<|header_start|>' + role + '<|header_end|>\\n\\n' }}
+    {%- if role == 'user' and not told.tools %}
+        {%- set told.tools = true %}
+        {{- 'Given the following functions, please respond with a JSON for a function call ' }}
+        {{- 'with its proper arguments that best answers the given prompt.\\n\\n' }}
+        {{- 'Respond in the format {"name": function name, "parameters": dictionary of ' }}
+        {{- 'argument name and its value}. Do not use variables.\\n\\n' }}
+        {%- for tool in tools %}
+            {{- tool | tojson(indent=4) + '\\n\\n' }}
+        {%- endfor %}
+    {%- endif %}
     {%- if message['content'] is string %}
         {{- message['content'] }}
     {%- else %}
@@ -82,8 +94,20 @@ CHAT_TEMPLATE: Final = """\
             {%- endif %}
         {%- endfor %}
     {%- endif %}
+    {%- if message['tool_calls'] %}
+        {{- '<|python_start|>' }}
+        {%- for call in message['tool_calls'] %}
+            {{- '{"name": ' + call['function']['name'] | tojson + ', "parameters": ' }}
+            {{- call['function']['arguments'] | tojson + '}' }}
+            {{- '' if loop.last else '; ' }}
+        {%- endfor %}
+        {{- '<|python_end|>' }}
+    {%- endif %}
     {{- '<|eot|>' }}
 {%- endfor %}
+{%- if not told.tools %}
+    {{- raise_exception('tools are told in the first user turn, and there is none') }}
+{%- endif %}
 {%- if add_generation_prompt %}
     {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
 {%- endif %}

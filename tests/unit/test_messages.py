@@ -122,3 +122,95 @@ def test_what_cannot_be_asked_is_the_rows_error(
 )
 def test_blanks_or_an_image_alone_are_a_prompt(prompt: Any, messages: Any, images: Any) -> None:
     assert parse_chat(prompt, messages, images).messages
+
+
+def call(name: str = "f", arguments: Any = "{}", **more: Any) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": "call_1", "type": "function", "function": function, **more}
+
+
+def assistant(*calls: Any, content: Any = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
+
+
+def only(turn: dict[str, Any]) -> dict[str, Any]:
+    return parse_chat(None, [turn], None).messages[0]
+
+
+def test_a_turn_that_calls_tools_needs_no_content_and_its_arguments_are_parsed() -> None:
+    turn = only(assistant(call("f", '{"a": {"b": "ü"}}'), call("g", "")))
+    calls = [call("f", {"a": {"b": "ü"}}), call("g", {})]
+    assert turn == {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": ', "[1]", "7", "", None, "true"])
+def test_arguments_that_are_no_object_count_as_none_as_in_vllm(arguments: Any) -> None:
+    assert only(assistant(call("f", arguments)))["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_a_tools_answer_names_its_call() -> None:
+    answer = {"role": "tool", "tool_call_id": "call_1", "content": "12 °C"}
+    assert only(answer) == answer
+
+
+def test_null_keys_of_openais_messages_and_of_nested_structs_are_ignored() -> None:
+    absent = {"name": None, "refusal": None, "audio": None, "function_call": None}
+    plain: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Hello",
+        "tool_calls": [],
+        "tool_call_id": None,
+    }
+    assert only({**plain, **absent}) == {"role": "assistant", "content": "Hello"}
+    sparse = call("f", None, index=None)
+    assert only({**assistant({**sparse, "id": None}, content=[]), **absent}) == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (assistant(content=None), "messages[0].content must be a string"),
+        ({"role": "user", "content": "a", "tool_calls": [call()]}, "tool_calls is not supported"),
+        ({"role": "user", "content": "a", "tool_call_id": "c"}, "tool_call_id is not supported"),
+        ({"role": "assistant", "content": "a", "refusal": "no"}, "refusal is not supported"),
+        ({"role": "assistant", "content": "a", "tool_calls": "f()"}, "tool_calls must be a list"),
+        ({"role": "tool", "content": "a", "tool_call_id": 7}, "tool_call_id must be a string"),
+        (assistant("f()"), "tool_calls[0] must be an object"),
+        (assistant({"id": "c"}), "tool_calls[0].function must be an object"),
+        (assistant(call("f", index=1)), "tool_calls[0].index is not supported"),
+        (assistant(call("f", type="custom")), "tool_calls[0].type = 'custom'"),
+        (assistant(call("f"), call(None)), "tool_calls[1].function.name must be a string"),  # type: ignore[arg-type]
+        (assistant(call("f", {"a": 1})), "function.arguments must be a string"),
+        (assistant(call("f", '"\ud800"')), "lone surrogate"),
+        (assistant(call("f", '{"a": "\\ud800"}')), "lone surrogate"),
+        (assistant(call("f", "[" * 100_000)), "nested too deeply"),
+    ],
+)
+def test_a_wrong_tool_turn_is_the_rows_error(turn: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_chat(None, [turn], None)
+    assert caught.value.code == ErrorCode.INVALID_MESSAGES
+    assert words in caught.value.message
+
+
+def test_images_of_several_turns_stay_in_order() -> None:
+    def ask(*parts: Any) -> dict[str, Any]:
+        return {"role": "user", "content": list(parts)}
+
+    link = {"type": "image_url", "image_url": {"url": "s3://b/x.png"}}
+    messages = [
+        ask(IMAGE, text("a")),
+        {"role": "assistant", "content": [link]},
+        {"role": "tool", "content": [text("seen"), IMAGE]},
+        ask(text("b"), IMAGE),
+    ]
+    assert parse_chat(None, messages, [b"1", b"2", b"3"]).images == (
+        b"1",
+        "s3://b/x.png",
+        b"2",
+        b"3",
+    )

@@ -5,6 +5,7 @@ The engine is the echo engine; tests/integration/test_engine_death.py kills the 
 
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
 from pipeline.records import Completion, Failure, Outcome, Prepared, Status
 from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import Sampling
-from pipeline.structured import StructuredOutputs
+from pipeline.structured import StructuredOutputs, json_structure
+from pipeline.tools import Choice, ToolUse
 from tests.fakes import EchoEngine
 
 
@@ -297,3 +300,65 @@ def test_a_start_that_fails_once_is_tried_again() -> None:
         return EchoEngine()
 
     assert len(generate([row(1)], fail_once, ReplicaLimits(window=1))) == 1
+
+
+class Talker(EchoEngine):
+    """Says the same to everyone."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    async def generate(self, request: EngineRequest) -> EngineOutput:
+        """Its text."""
+        return replace(await super().generate(request), text=self.text)
+
+
+def said(text: str, *rows: Prepared) -> list[Completion]:
+    outcomes = generate(rows, lambda: Talker(text), ReplicaLimits(window=2))
+    return [outcome for outcome in by_row(outcomes).values() if isinstance(outcome, Completion)]
+
+
+def offered(number: int, use: ToolUse, *, token: int = 1) -> Prepared:
+    return replace(row(number, token=token), sampling=Sampling(tool_use=use))
+
+
+AUTO = ToolUse(choice=Choice.AUTO)
+
+
+def test_calls_of_offered_tools_are_read_and_the_text_stays() -> None:
+    text = '[weather(city="Oslo", days=2), clock()]'
+    (done,) = said(text, offered(0, AUTO))
+    assert (done.text, done.finish_reason, done.code) == (text, "stop", None)
+    assert [(call.name, call.arguments) for call in done.tool_calls] == [
+        ("weather", '{"city": "Oslo", "days": 2}'),
+        ("clock", "{}"),
+    ]
+
+
+def test_ids_of_calls_are_equal_in_a_replay_and_differ_otherwise() -> None:
+    rows = [
+        offered(0, AUTO),
+        offered(1, AUTO),
+        replace(offered(2, AUTO, token=7), custom_id="row-0"),
+    ]
+    first, again = said("[f(), f()]", *rows), said("[f(), f()]", *rows)
+    ids = [call.id for done in first for call in done.tool_calls]
+    assert ids == [call.id for done in again for call in done.tool_calls]
+    assert len(set(ids)) == len(ids) == 6
+    assert all(re.fullmatch("call_[0-9a-f]{24}", one) for one in ids)
+
+
+def test_without_tools_no_text_is_a_call() -> None:
+    (done,) = said("[f()]", row(0))
+    assert done.tool_calls == ()
+
+
+def test_a_named_tools_arguments_are_a_call_only_if_they_fit() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    named = ToolUse(choice=Choice.NAMED, name="f")
+    asked = replace(row(0), sampling=Sampling(structure=json_structure(schema), tool_use=named))
+    (done,) = said('{"a": 1}', asked)
+    assert [(call.name, call.arguments) for call in done.tool_calls] == [("f", '{"a": 1}')]
+    (wrong,) = said('{"a": "x"}', asked)
+    assert (wrong.code, wrong.text, wrong.tool_calls) == ("schema_violation", '{"a": "x"}', ())

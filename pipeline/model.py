@@ -143,7 +143,9 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
     from transformers import AutoTokenizer
 
     folder = model_folder(locate_model(spec.model), spec.revision)
-    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=_NO_LIMIT)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, model_max_length=_NO_LIMIT, trust_remote_code=False
+    )
     return PromptFormat(
         tokenizer=tokenizer,
         max_model_len=spec.max_model_len,

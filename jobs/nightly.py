@@ -56,7 +56,7 @@ from pipeline.errors import (
 from pipeline.fetch import ImageFetcher, input_root
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease, check_not_driven
-from pipeline.model import ModelSpec
+from pipeline.model import ImageFormat, ModelSpec, load_prompt_format
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile
 from pipeline.progress import ProgressDisplay
@@ -256,14 +256,37 @@ def _dry_run(job: Job) -> Result:
         run.manifest["model"]["name"],
         run.uri,
     )
+    details = {"pending_rows": rows_left, "pending_shards": len(run.pending)}
+    images = _image_format(job.profile)
+    if images is not None:
+        details["image_tokens_max"] = images.tiling.most_tokens
+        log.info(
+            "an image takes at most %d prompt tokens (%d tiles; "
+            "engine.overrides.mm_processor_kwargs.max_patches lowers that)",
+            images.tiling.most_tokens,
+            images.tiling.max_tiles,
+        )
     return Result(
         status=RunStatus.DRY_RUN,
         run=run.uri,
         rows_total=run.plan.rows,
         totals=total([]),
         seconds=job.seconds,
-        details={"pending_rows": rows_left, "pending_shards": len(run.pending)},
+        details=details,
     )
+
+
+def _image_format(profile: EngineProfile) -> ImageFormat | None:
+    """How images stand in the model's prompts; None: a text model, or not to be had here."""
+    try:
+        return load_prompt_format(_model_spec(profile)).images
+    except (ConfigError, OSError, ValueError) as error:  # the nodes may have what the driver lacks
+        log.info("what an image costs is not known here: %s", error)
+        return None
+
+
+def _model_spec(profile: EngineProfile) -> ModelSpec:
+    return ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
 
 
 def _execute(job: Job) -> Result:
@@ -496,7 +519,7 @@ def _flow_spec(job: Job) -> FlowSpec:
     config, profile = job.config, job.profile
     limits = config.limits
     prepare = PrepareSpec(
-        model=ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args),
+        model=_model_spec(profile),
         columns=job.found.columns,
         sampling=config.sampling,
         run_seed=config.seed,

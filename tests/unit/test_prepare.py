@@ -1,6 +1,7 @@
 """Preparing: rows become token ids with exact counts, or errored records; order and count stay."""
 
 import io
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,11 @@ def prepare_table(
     max_image_pixels: int = 10**6,
     max_image_bytes: int = 10**6,
     first_uses: Mapping[int, FirstUse] | None = None,
+    model: ModelSpec = MODEL,
 ) -> list[Prepared | Failure]:
     carried = pa.schema([table.schema.field(n) for n in table.schema.names if n == "label"])
     spec = PrepareSpec(
-        model=MODEL,
+        model=model,
         columns=InputColumns(REQUEST, carried),
         sampling=SamplingDefaults(temperature=0.5),
         run_seed=7,
@@ -221,3 +223,29 @@ def test_a_repeated_custom_id_is_a_failure_that_names_its_first_use(tmp_path: Pa
     assert "custom_id 'a' was used before, by row 7 of s3://b/first.parquet" in repeated.message
     assert (repeated.attempts, repeated.prompt_tokens, repeated.image_tokens) == (0, 0, 0)
     assert repeated.seed == derive_seed(7, "a", 0)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(messages[0]) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    ],
+)
+def test_a_chat_template_that_reaches_beyond_its_messages_is_the_rows_error(
+    tmp_path: Path, template: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(template)
+    (item,) = prepare_table(
+        tmp_path,
+        pa.Table.from_pylist([{"prompt": "a"}]),
+        model=ModelSpec(str(folder), None, max_model_len=512),
+    )
+    assert code(item) == "invalid_messages"
+    assert isinstance(item, Failure)
+    assert "the chat template refuses the messages" in item.message
+    assert "unsafe" in item.message or "not safe" in item.message

@@ -56,7 +56,7 @@ from pipeline.errors import (
 from pipeline.fetch import ImageFetcher
 from pipeline.journal import clear_journals
 from pipeline.lease import Lease, check_not_driven
-from pipeline.model import ModelSpec, accepted_names, load_prompt_format
+from pipeline.model import ImageFormat, ModelSpec, accepted_names, load_prompt_format
 from pipeline.openai_output import OPENAI_FILES, write_openai_output
 from pipeline.prepare import PrepareSpec
 from pipeline.profile import EngineProfile, load_profile, locate_model
@@ -260,33 +260,37 @@ def _dry_run(job: Job) -> Result:
         run.manifest["model"]["name"],
         run.uri,
     )
+    details = {"pending_rows": rows_left, "pending_shards": len(run.pending)}
+    images = _image_format(job.profile)
+    if images is not None:
+        details["image_tokens_max"] = images.tiling.most_tokens
+        log.info(
+            "an image takes at most %d prompt tokens (%d tiles; "
+            "engine.overrides.mm_processor_kwargs.max_patches lowers that)",
+            images.tiling.most_tokens,
+            images.tiling.max_tiles,
+        )
     return Result(
         status=RunStatus.DRY_RUN,
         run=run.uri,
         rows_total=run.plan.rows,
         totals=total([]),
         seconds=job.seconds,
-        details={
-            "pending_rows": rows_left,
-            "pending_shards": len(run.pending),
-            **_image_price(job.profile),
-        },
+        details=details,
     )
 
 
-def _image_price(profile: EngineProfile) -> dict[str, int]:
-    """What an image costs at most; nothing for text models, or if the model is only elsewhere."""
-    model = ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
+def _image_format(profile: EngineProfile) -> ImageFormat | None:
+    """How images stand in the model's prompts; None: a text model, or not to be had here."""
     try:
-        images = load_prompt_format(model).images
-    except ConfigError as error:
-        log.warning("the price of an image is not known here: %s", error)
-        return {}
-    if images is None:
-        return {}
-    most, tiles = images.tiling.most_tokens, images.tiling.max_tiles
-    log.info("an image costs at most %d prompt tokens (max_patches = %d)", most, tiles)
-    return {"image_tokens_max": most, "max_patches": tiles}
+        return load_prompt_format(_model_spec(profile)).images
+    except (ConfigError, OSError, ValueError) as error:  # the nodes may have what the driver lacks
+        log.info("what an image costs is not known here: %s", error)
+        return None
+
+
+def _model_spec(profile: EngineProfile) -> ModelSpec:
+    return ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
 
 
 def _execute(job: Job) -> Result:
@@ -522,7 +526,7 @@ def _flow_spec(job: Job) -> FlowSpec:
     config, profile = job.config, job.profile
     limits = config.limits
     prepare = PrepareSpec(
-        model=ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args),
+        model=_model_spec(profile),
         columns=job.found.columns,
         sampling=config.sampling,
         run_seed=config.seed,

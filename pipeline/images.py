@@ -7,6 +7,7 @@ Llama 4's tiling rule, and, in the replica, an RGB image. Faults become ``RowErr
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,10 +22,24 @@ from pipeline.errors import ErrorCode, RowError
 
 Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, with a clear error
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Pillow opens many more, some by starting other programs. JPEG includes the MPO of phones."""
+FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+"""What may be opened, for people. Pillow's other readers are never tried."""
+_PILLOW_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+)  # JPEG's reader opens MPO too
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
+_EXIF_DIRECTORIES = frozenset({0x8769, 0x8825, 0xA005})
+_TAG_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes per value of TIFF's tag types; of all others 1."""
+_TAG_SLACK = 2**16
+"""Bytes that tags may claim beyond those there are: a few writers let tags share values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +58,14 @@ class ImageTiling:
     """``max_patches`` of the image processor, the thumbnail not counted."""
     to_max_canvas: bool = False
 
-    @property
-    def most_tokens(self) -> int:
-        """Prompt tokens of an image that takes all tiles it may."""
-        return self._tokens_of(self.max_tiles)
-
     def tokens(self, width: int, height: int) -> int:
         """Prompt tokens of an image of ``width`` x ``height`` pixels."""
         return self._tokens_of(self.tiles(width, height))
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt tokens of the most expensive image."""
+        return self._tokens_of(self.max_tiles)
 
     def _tokens_of(self, tiles: int) -> int:
         if tiles == 1:
@@ -90,30 +105,26 @@ def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     Raises:
         RowError: ``image_invalid`` if no image can be recognised, ``image_too_large``.
     """
+    if canvas := _webp_canvas(data):
+        _check_pixels(*canvas, max_pixels)  # Pillow allocates it on opening
     with _reading(data) as image:
         width, height = image.size
-        if width * height > max_pixels:
-            raise RowError(
-                ErrorCode.IMAGE_TOO_LARGE,
-                f"image is {width}x{height} = {width * height} pixels; "
-                f"limits.max_image_pixels is {max_pixels}",
-            )
-        swapped = _orientation(image) in _EXIF_SWAPS_SIDES
+        _check_pixels(width, height, max_pixels)
+        # of TIFF, Pillow's size is the rotated one already
+        swapped = image.format != "TIFF" and _orientation(image) in _EXIF_SWAPS_SIDES
     return (height, width) if swapped else (width, height)
 
 
 def decode(data: bytes) -> Image.Image:
     """The image in RGB, EXIF rotation applied, transparency on white: vLLM's own pixels.
 
-    That includes what vLLM does to 16-bit greys: values above 255 become white.
-
     Raises:
         RowError: ``image_invalid`` if the bytes are truncated or corrupt.
     """
     with _reading(data) as image:
         image.load()
-        upright = image
-        with suppress(Exception):  # metadata that cannot be read rotates nothing
+        upright: Image.Image = image
+        with suppress(Exception):  # as vLLM: an image whose EXIF is broken stays as it lies
             upright = ImageOps.exif_transpose(image)
         return _to_rgb(upright)
 
@@ -134,9 +145,14 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
     """An opened image. Whatever Pillow raises on these bytes is the row's error: its decoders
     raise anything on damaged input, from SyntaxError to NotImplementedError."""
     try:
+        if data[:2] in (b"II", b"MM"):
+            _check_tags(data)
+        elif data[:2] == b"\xff\xd8":
+            _check_tags(_jpeg_exif(data))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+                _check_tags(_exif_block(image))
                 yield image
     except (RowError, MemoryError):
         raise
@@ -145,16 +161,104 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """EXIF's orientation without decoding pixels, which a PNG's own ``getexif`` does first."""
-    if image.format == "TIFF":
-        return None  # Pillow turns these itself: their size is already that after rotation
-    with suppress(Exception):  # as when decoding
-        found: int | None = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
-        return found
+    """The EXIF orientation, without decoding pixels, which PNG's own ``getexif`` does."""
+    with suppress(Exception):  # as in decode
+        value: int | None = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
+        return value
     return None
 
 
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise RowError(
+            ErrorCode.IMAGE_TOO_LARGE,
+            f"image is {width}x{height} = {width * height} pixels; "
+            f"limits.max_image_pixels is {max_pixels}",
+        )
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a WebP header states."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    match data[12:16]:
+        case b"VP8X":
+            sides = data[24:27], data[27:30]
+            return int.from_bytes(sides[0], "little") + 1, int.from_bytes(sides[1], "little") + 1
+        case b"VP8L":
+            bits = int.from_bytes(data[21:25], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            width, height = struct.unpack("<HH", data[26:30])
+            return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def _jpeg_exif(data: bytes) -> bytes:
+    """All EXIF segments of a JPEG, joined as Pillow joins them: it reads them on opening."""
+    found = []
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            found.append(data[at + 10 : at + 2 + length])
+        at += 2 + length
+    return b"".join(found)
+
+
+def _exif_block(image: Image.Image) -> bytes:
+    """The EXIF of an opened image; PNG may hold it as hexadecimal text."""
+    block = image.info.get("exif")
+    if block is None:
+        with suppress(ValueError, IndexError):
+            text = image.info.get("Raw profile type exif", "")
+            block = bytes.fromhex("".join(text.split("\n")[3:]))
+    return (block or b"").removeprefix(b"Exif\0\0")
+
+
+def _check_tags(block: bytes) -> None:
+    """Refuse TIFF or EXIF tags that claim more bytes than there are. Pillow copies each tag's
+    value, so that 800 KB of tags that all point at the whole file would take 50 GB.
+
+    Raises:
+        RowError: ``image_invalid``.
+    """
+    if block[:2] not in (b"II", b"MM"):
+        return
+    order = "<" if block[:2] == b"II" else ">"
+    big = 43 in (block[2], block[3]) if len(block) > 3 else False
+    word = "Q" if big else "L"
+    count_format, entry_format = (
+        (f"{order}Q", f"{order}HHQ8s") if big else (f"{order}H", f"{order}HHL4s")
+    )
+    claimed = 0
+    seen: set[int] = set()
+    with suppress(struct.error):  # cut off: Pillow's error, not ours
+        open_at = list(struct.unpack_from(f"{order}{word}", block, 8 if big else 4))
+        while open_at:
+            at = open_at.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            (entries,) = struct.unpack_from(count_format, block, at)
+            at += struct.calcsize(count_format)
+            for _ in range(entries):
+                tag, kind, count, value = struct.unpack_from(entry_format, block, at)
+                at += struct.calcsize(entry_format)
+                claimed += _TAG_TYPE_BYTES.get(kind, 1) * count
+                if claimed > len(block) + _TAG_SLACK:
+                    raise RowError(
+                        ErrorCode.IMAGE_INVALID,
+                        f"image tags claim more than the {len(block)} bytes they lie in",
+                    )
+                if tag in _EXIF_DIRECTORIES:
+                    open_at.extend(struct.unpack_from(f"{order}{word}", value))
+
+
 def _invalid(data: bytes, error: Exception) -> RowError:
-    known = f"not an image in one of the formats {', '.join(_FORMATS)}"
-    reason = known if isinstance(error, UnidentifiedImageError) else error
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason = f"not readable as {FORMATS}" if unknown else error
     return RowError(ErrorCode.IMAGE_INVALID, f"image of {len(data)} bytes: {reason}")

@@ -299,13 +299,18 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _takes_tools(tokenizer: PreTrainedTokenizerBase, takes_parts: bool) -> bool:
+    from jinja2 import TemplateError
+
     content = [{"type": "text", "text": "?"}] if takes_parts else "?"
     function = {"name": _PROBE, "description": "", "parameters": {"type": "object"}}
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tools=[{"type": "function", "function": function}],
-        tokenize=False,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tools=[{"type": "function", "function": function}],
+            tokenize=False,
+        )
+    except TemplateError:  # of a template that refuses all: each row is told why
+        return False
     return _PROBE in text
 
 

@@ -32,9 +32,20 @@ _REQUIRED_ARGUMENTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens"
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OURS = ("model", "revision")
 """Engine arguments that have a place of their own in the profile."""
-_LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "dummy")
-"""Formats of weights; vLLM's others may run what a file says."""
 _CACHE_SCHEME = "cache://"
+_LOAD_FORMATS = (
+    "auto",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",
+    "mistral",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "dummy",
+)
+"""vLLM's load formats that read safetensors or nothing. Of the others, some unpickle."""
+_PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
 class _Section(BaseModel):
@@ -107,6 +118,7 @@ class EngineProfile(_Section):
         if missing:
             raise ValueError(f"engine_args must set {', '.join(missing)}")
         _check_arguments(self.engine_args)
+        _check_brings_no_code(self.engine_args)
         for name in (*_REQUIRED_ARGUMENTS, *_PARALLEL_SIZES):
             value = self.engine_args.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -149,13 +161,14 @@ def locate_model(model: str) -> str:
     """``model`` as this node finds it: an absolute folder, or a hub id unchanged.
 
     Raises:
-        ConfigError: a ``cache://`` model that was not made on this node.
+        ConfigError: a ``cache://`` model that was not made on this node, or a folder whose only
+            weights are pickled.
     """
     if model.startswith(_CACHE_SCHEME):
-        return str(_cached_model(model.removeprefix(_CACHE_SCHEME)))
+        return str(_without_pickles(_cached_model(model.removeprefix(_CACHE_SCHEME))))
     inside = REPO_ROOT / model
     if inside.is_dir():
-        return str(inside)
+        return str(_without_pickles(inside))
     if not Path(model).is_absolute() and model.count("/") != 1:  # hub ids are owner/name
         raise ConfigError(f"model {model}: there is no such folder in {REPO_ROOT}.")
     return model
@@ -173,6 +186,18 @@ def _cached_model(name: str) -> Path:
         raise ConfigError(
             f"model {_CACHE_SCHEME}{name} is not in {folder.parent}; make it with "
             f"`python -m cluster.models.{name.split('-', 1)[0]}`."
+        )
+    return folder
+
+
+def _without_pickles(folder: Path) -> Path:
+    """``folder``, unless vLLM would fall back to unpickling weights there."""
+    files = list(folder.iterdir())
+    pickled = sorted(path.name for path in files if path.suffix in _PICKLED)
+    if pickled and not any(path.suffix == ".safetensors" for path in files):
+        raise ConfigError(
+            f"model {folder}: {pickled[0]} is a pickle, which can run code as it is loaded; "
+            "convert the weights to safetensors."
         )
     return folder
 
@@ -198,14 +223,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in arguments:
             raise ValueError(f"engine_args.{name}: set the profile's own key '{name}' instead")
-    if arguments.get("trust_remote_code"):
-        raise ValueError("engine_args.trust_remote_code: code of a model folder is never run")
-    load_format = arguments.get("load_format", "auto")
-    if load_format not in _LOAD_FORMATS:
-        raise ValueError(
-            f"engine_args.load_format = {load_format!r}: must be one of {', '.join(_LOAD_FORMATS)},"
-            " which unpickle nothing"
-        )
     known = vllm_argument_names()
     if known is None:
         log.warning("vLLM is not installed here: the names of engine arguments are not checked")
@@ -215,6 +232,20 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             close = get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"vLLM has no engine argument {name!r}{hint}")
+
+
+def _check_brings_no_code(arguments: Mapping[str, Any]) -> None:
+    if arguments.get("trust_remote_code", False) is not False:
+        raise ValueError(
+            "engine_args.trust_remote_code: models bring no code here; leave it out, and take a "
+            "model that vLLM knows itself"
+        )
+    load_format = arguments.get("load_format", "auto")
+    if load_format not in _LOAD_FORMATS:
+        raise ValueError(
+            f"engine_args.load_format = {load_format!r} may run code of the weights' files; "
+            f"convert them to safetensors and use one of {', '.join(_LOAD_FORMATS)}"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -55,6 +55,34 @@ def test_the_tiling_is_the_image_processors_for_any_size() -> None:
             assert MAVERICK.tiles(width, height) == expected, (width, height)
 
 
+@pytest.mark.parametrize("cap", [1, 4, 16])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 10_000), (10_000, 1), (336, 336), (337, 336), (640, 480), (2000, 900)]
+)
+def test_the_tokens_are_those_transformers_writes_into_the_prompt(
+    size: tuple[int, int], cap: int
+) -> None:
+    pytest.importorskip("torch")
+    from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
+    from transformers.models.llama4.processing_llama4 import Llama4Processor
+
+    tiling = ImageTiling(tile_size=336, tile_tokens=144, max_tiles=cap)
+    images = Llama4ImageProcessor(max_patches=cap, size={"height": 336, "width": 336})
+    (grid,) = images(Image.new("RGB", size))["aspect_ratios"]
+    writer = Llama4Processor.__new__(Llama4Processor)
+    vars(writer).update(
+        image_token="<|image|>",
+        img_patch_token="<|patch|>",
+        start_of_img_token="<|image_start|>",
+        end_of_img_token="<|image_end|>",
+        tile_token="<|tile_x_separator|>",
+        tile_global_token="<|tile_y_separator|>",
+    )
+    prompt = writer._prompt_split_image(grid, 144)
+    assert tiling.tokens(*size) == prompt.count("<|")
+    assert tiling.tokens(*size) <= tiling.most_tokens
+
+
 def test_fewer_allowed_tiles_cost_fewer_tokens() -> None:
     small = ImageTiling(tile_size=336, tile_tokens=144, max_tiles=4)
     assert small.tokens(1024, 1024) == 4 * 145 + 147

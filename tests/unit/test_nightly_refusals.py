@@ -160,6 +160,19 @@ def test_an_unreadable_input_beside_the_runs_own_is_named_itself(
     assert "b.parquet: is not a readable Parquet file" in result["error"]
 
 
+@pytest.mark.parametrize(("cap", "tokens"), [(None, 87), (4, 27), (1, 7)])
+def test_a_dry_run_tells_what_an_image_costs_under_the_tile_cap(
+    tmp_path: Path, good: dict[str, Any], cap: int | None, tokens: int
+) -> None:
+    overrides = {} if cap is None else {"mm_processor_kwargs": {"max_patches": cap}}
+    document = {**good, "engine": {"profile": "mini-maverick", "overrides": overrides}}
+    code, result, stderr = run(tmp_path, document, "--dry-run")
+    assert (code, result["status"], result["image_tokens_max"]) == (0, "dry_run", tokens), stderr
+    assert f"an image takes at most {tokens} prompt tokens" in stderr
+    assert "mm_processor_kwargs.max_patches lowers that" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     code, result, _ = run(tmp_path, "", "--config", "nowhere.yaml")
     assert code == 2

@@ -460,3 +460,29 @@ def test_a_prompt_that_cannot_fit_however_it_tokenizes_is_not_tokenized(
 
 def test_the_models_chat_template_is_the_one_its_training_writes() -> None:
     assert (CHECKPOINT / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(messages[0]) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    ],
+)
+def test_a_chat_template_that_reaches_beyond_its_messages_is_the_rows_error(
+    tmp_path: Path, template: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(template)
+    (item,) = prepare_table(
+        tmp_path,
+        pa.Table.from_pylist([{"prompt": "a"}]),
+        model=ModelSpec(str(folder), None, max_model_len=512),
+    )
+    assert code(item) == "invalid_messages"
+    assert isinstance(item, Failure)
+    assert "the chat template refuses the messages" in item.message
+    assert "unsafe" in item.message or "not safe" in item.message

@@ -176,9 +176,35 @@ def test_a_size_that_is_no_whole_number_is_named(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"),
-    [("trust_remote_code", True), ("load_format", "pt"), ("load_format", "tensorizer")],
+    ("argument", "remedy"),
+    [
+        ({"trust_remote_code": True}, "trust_remote_code: models bring no code"),
+        ({"trust_remote_code": "yes"}, "leave it out"),
+        ({"load_format": "pt"}, "'pt' may run code.*convert them to safetensors"),
+        ({"load_format": "npcache"}, "safetensors, fastsafetensors"),
+        ({"load_format": "tensorizer"}, "load_format"),
+        ({"load_format": "a-plugins-own"}, "load_format"),
+        ({"load_format": None}, "load_format"),
+    ],
 )
-def test_arguments_that_run_a_model_folders_code_are_refused(argument: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=argument):
-        load_profile("mini-maverick", overrides={argument: value})
+def test_an_argument_that_lets_a_model_bring_code_is_refused(
+    argument: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        load_profile("mini-maverick", overrides=argument)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors", "runai_streamer", "dummy"])
+def test_load_formats_that_read_safetensors_or_nothing_are_taken(load_format: str) -> None:
+    overrides = {"load_format": load_format, "trust_remote_code": False}
+    assert load_profile("mini-maverick", overrides=overrides).engine_args["load_format"]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_a_folder_whose_only_weights_are_pickled_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{name} is a pickle.*convert the weights"):
+        locate_model(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert locate_model(str(tmp_path)) == str(tmp_path)

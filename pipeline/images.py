@@ -35,11 +35,6 @@ _PILLOW_FORMATS = (
 )  # JPEG's reader opens MPO too
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
-_EXIF_DIRECTORIES = frozenset({0x8769, 0x8825, 0xA005})
-_TAG_TYPE_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-"""Bytes per value of TIFF's tag types; of all others 1."""
-_TAG_SLACK = 2**16
-"""Bytes that tags may claim beyond those there are: a few writers let tags share values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +140,9 @@ def _reading(data: bytes) -> Iterator[Image.Image]:
     """An opened image. Whatever Pillow raises on these bytes is the row's error: its decoders
     raise anything on damaged input, from SyntaxError to NotImplementedError."""
     try:
-        if data[:2] in (b"II", b"MM"):
-            _check_tags(data)
-        elif data[:2] == b"\xff\xd8":
-            _check_tags(_jpeg_exif(data))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd but readable metadata
             with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-                _check_tags(_exif_block(image))
                 yield image
     except (RowError, MemoryError):
         raise
@@ -192,70 +182,6 @@ def _webp_canvas(data: bytes) -> tuple[int, int] | None:
             width, height = struct.unpack("<HH", data[26:30])
             return width & 0x3FFF, height & 0x3FFF
     return None
-
-
-def _jpeg_exif(data: bytes) -> bytes:
-    """All EXIF segments of a JPEG, joined as Pillow joins them: it reads them on opening."""
-    found = []
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        if data[at + 1] == 0xFF:  # padding
-            at += 1
-            continue
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-            found.append(data[at + 10 : at + 2 + length])
-        at += 2 + length
-    return b"".join(found)
-
-
-def _exif_block(image: Image.Image) -> bytes:
-    """The EXIF of an opened image; PNG may hold it as hexadecimal text."""
-    block = image.info.get("exif")
-    if block is None:
-        with suppress(ValueError, IndexError):
-            text = image.info.get("Raw profile type exif", "")
-            block = bytes.fromhex("".join(text.split("\n")[3:]))
-    return (block or b"").removeprefix(b"Exif\0\0")
-
-
-def _check_tags(block: bytes) -> None:
-    """Refuse TIFF or EXIF tags that claim more bytes than there are. Pillow copies each tag's
-    value, so that 800 KB of tags that all point at the whole file would take 50 GB.
-
-    Raises:
-        RowError: ``image_invalid``.
-    """
-    if block[:2] not in (b"II", b"MM"):
-        return
-    order = "<" if block[:2] == b"II" else ">"
-    big = 43 in (block[2], block[3]) if len(block) > 3 else False
-    word = "Q" if big else "L"
-    count_format, entry_format = (
-        (f"{order}Q", f"{order}HHQ8s") if big else (f"{order}H", f"{order}HHL4s")
-    )
-    claimed = 0
-    seen: set[int] = set()
-    with suppress(struct.error):  # cut off: Pillow's error, not ours
-        open_at = list(struct.unpack_from(f"{order}{word}", block, 8 if big else 4))
-        while open_at:
-            at = open_at.pop()
-            if at in seen:
-                continue
-            seen.add(at)
-            (entries,) = struct.unpack_from(count_format, block, at)
-            at += struct.calcsize(count_format)
-            for _ in range(entries):
-                tag, kind, count, value = struct.unpack_from(entry_format, block, at)
-                at += struct.calcsize(entry_format)
-                claimed += _TAG_TYPE_BYTES.get(kind, 1) * count
-                if claimed > len(block) + _TAG_SLACK:
-                    raise RowError(
-                        ErrorCode.IMAGE_INVALID,
-                        f"image tags claim more than the {len(block)} bytes they lie in",
-                    )
-                if tag in _EXIF_DIRECTORIES:
-                    open_at.extend(struct.unpack_from(f"{order}{word}", value))
 
 
 def _invalid(data: bytes, error: Exception) -> RowError:

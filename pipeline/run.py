@@ -35,7 +35,7 @@ from pipeline.config import JobConfig
 from pipeline.duplicates import Duplicates, find_duplicates
 from pipeline.engine import engine_version
 from pipeline.errors import ConfigError, RunMismatchError, StorageError
-from pipeline.model import model_name, model_revision
+from pipeline.model import ModelSpec, model_name, model_revision
 from pipeline.openai_output import OPENAI_FILES
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, locate_model
@@ -260,12 +260,14 @@ def _manifest(
     config: JobConfig, profile: EngineProfile, files: Sequence[InputFile]
 ) -> dict[str, Any]:
     model = locate_model(profile.model)
+    spec = ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
     document = {
         "config": config.model_dump(mode="json"),
         "engine": profile.model_dump(mode="json"),
         "model": {
             "name": model_name(model),
             "revision": model_revision(model, profile.revision),
+            "max_patches": spec.max_tiles,
         },
         "input": {
             "uri": config.input.uri,

@@ -24,15 +24,8 @@ Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, wit
 
 FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 """What may be opened, for people. Pillow's other readers are never tried."""
-_PILLOW_FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-)  # JPEG's reader opens MPO too
+_PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
+"""By Pillow's names; its JPEG reader opens MPO, as phones write, too."""
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
 

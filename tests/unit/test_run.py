@@ -551,3 +551,13 @@ def test_the_manifest_says_what_ran_and_holds_no_secret(folder: Path) -> None:
     assert manifest["model"]["revision"].startswith("sha256:")
     assert manifest["input"]["rows"] == 2
     assert {"ray", "engine", "transformers"} <= set(manifest["versions"])
+
+
+def test_another_tile_cap_is_another_model(folder: Path) -> None:
+    settle(folder).start()
+    engine = {
+        "profile": "mini-maverick-tp1",
+        "overrides": {"mm_processor_kwargs": {"max_patches": 4}},
+    }
+    with pytest.raises(RunMismatchError, match=r"another model\.max_patches: null there, 4 here"):
+        settle(folder, engine=engine)

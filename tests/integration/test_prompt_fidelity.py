@@ -157,9 +157,11 @@ def generate(profile: EngineProfile, rows: list[Prepared]) -> dict[str, Completi
     return done
 
 
-def test_every_chat_was_asked_in_every_way(answers: Answers) -> None:
+def test_many_chats_were_asked_and_in_every_way(answers: Answers) -> None:
     assert answers.theirs.keys() == answers.ours.keys() == answers.prepared.keys()
-    assert len(answers.theirs) >= 60 * len(WAYS)
+    counts = {way: len(answers.texts(way)) for way in WAYS}
+    assert counts["greedy"] >= 60
+    assert min(counts.values()) >= 20
 
 
 def test_prompts_are_the_same_token_by_token(answers: Answers) -> None:

@@ -44,5 +44,5 @@ nightly:  ## submit the nightly job to the mini-cluster (CONFIG=jobs/configs/qui
 	  $(BIN)/ray job submit --working-dir . -- $(abspath $(BIN))/python -m jobs.nightly --config $(CONFIG)
 
 clean:  ## remove caches and outputs; .venv stays
-	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find pipeline jobs cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Rows that mean harm, or are just broken, each with the code it must end with.
+"""Rows that mean harm, are broken or just odd, each with the code it must end with.
 
 In: the folder that holds the input (files, links and pipes are made there). Out: ``cases``. A case
 is one row of a Parquet file: a request, and its error code, or None if the row is legal after all.
@@ -54,6 +54,7 @@ def cases(folder: Path) -> list[Case]:
         *_image_uris(folder),
         *_messages(),
         *_parameters(),
+        *_odd(),
     ]
 
 
@@ -223,6 +224,18 @@ def _parameters() -> Iterator[Case]:
         sampling=json.dumps({"structured_outputs": {"regex": "(a+)+b"}}),
         also=frozenset({Code.LENGTH}),
     )
+
+
+def _odd() -> Iterator[Case]:
+    """Legal, but for the last, which the engine alone can refuse: its profile allows 8 images."""
+    one = {"bytes": png(56, 56), "path": None}
+    yield Case("two-samples", None, "Count to 3.", sampling='{"n": 2, "seed": 5}')
+    yield Case("a-stop-string", None, "Count to 9.", sampling='{"stop": ["4"]}')
+    yield Case(
+        "a-huge-limit", None, "Count to 3.", sampling='{"max_completion_tokens": 2147483647}'
+    )
+    yield Case("eight-images", None, images=[one] * 8)
+    yield Case("nine-images", Code.ENGINE_REJECTED, images=[one] * 9)
 
 
 _USER = '[{"role": "user", "content": "no image part"}]'

@@ -1,5 +1,5 @@
-"""Hostile and broken rows through the whole job, with the real engine: each ends as it should, the
-good rows between them are as if alone, memory stays bounded, and no secret gets out.
+"""Hostile, broken and odd rows through the whole job, with the real engine: each ends as it should,
+the good rows between them are as if alone, memory stays bounded, and no secret gets out.
 
 Not covered here: web servers that mean harm (the tests of fetching have some).
 """
@@ -33,6 +33,7 @@ NEIGHBOUR = "Count to 3."
 ANSWER = "1 2 3"
 MOST_MEMORY = 1_500 * 2**20
 """Peak of any process besides the engine's, bytes: Python with transformers takes a third of it."""
+STATUSES = ("succeeded", "errored", "expired", "cancelled")
 SCHEMA = pa.schema(
     [
         ("custom_id", pa.string()),
@@ -55,6 +56,9 @@ class Run:
     folder: Path
     ray_logs: str
     records: dict[str, dict[str, Any]]
+    """By ``custom_id``, each row's first sample."""
+    further: list[dict[str, Any]]
+    """The other samples."""
     peaks: dict[str, int]
     """Process title -> most memory it ever took, bytes."""
 
@@ -93,9 +97,22 @@ def test_the_rows_between_them_are_as_if_alone(run: Run) -> None:
 
 def test_each_row_has_one_record_and_the_counts_agree(run: Run) -> None:
     assert len(run.records) == run.result["rows"]["total"] == 2 * len(run.cases)
+    assert run.result["rows"]["total"] == sum(run.result["rows"][s] for s in STATUSES)
     errored = [record for record in run.records.values() if record["status"] == "errored"]
     assert len(errored) == run.result["rows"]["errored"]
     assert all(record["error_message"] for record in errored)
+
+
+def test_odd_rows_get_what_they_ask_for(run: Run) -> None:
+    first, (second,) = run.records["two-samples"], run.further
+    assert [first["seed"], second["seed"]] == [5, 6]
+    assert second["custom_id"] == "two-samples"
+    stopped = run.records["a-stop-string"]
+    assert (stopped["text"], stopped["finish_reason"]) == ("1 2 3 ", "stop")
+    assert run.records["eight-images"]["image_tokens"] == 8 * 7
+    refused = run.records["nine-images"]
+    assert refused["image_tokens"] == 9 * 7
+    assert "8 image" in refused["error_message"]
 
 
 def test_memory_stays_bounded(run: Run) -> None:
@@ -173,7 +190,8 @@ def _run(folder: Path, ray_folder: Path, corpus: list[Case]) -> Run:
         printed=stdout + stderr,
         folder=folder / "out",
         ray_logs="\n".join(logs),
-        records={record["custom_id"]: record for record in records},
+        records={r["custom_id"]: r for r in records if r["sample_index"] == 0},
+        further=[record for record in records if record["sample_index"]],
         peaks=peaks,
     )
 

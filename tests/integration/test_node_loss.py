@@ -28,13 +28,15 @@ pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(400)]
 ROWS = 1200
 
 
-def nodes_with(*marks: str) -> set[str]:
-    """Names of the nodes (their processes' working folders) with a worker that does this."""
+def nodes_with(cluster: LocalCluster, *marks: str) -> set[str]:
+    """Names of its nodes (their processes' working folders) with a worker that does this."""
     found = set()
     for process in psutil.process_iter():
         try:
-            if any(mark in " ".join(process.cmdline()) for mark in marks):
-                found.add(Path(process.cwd()).name)
+            folder = Path(process.cwd())
+            doing = " ".join(process.cmdline())
+            if folder.is_relative_to(cluster.state.directory) and any(m in doing for m in marks):
+                found.add(folder.name)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
@@ -72,11 +74,11 @@ def test_a_run_survives_the_loss_of_a_node_and_uses_the_one_that_comes_back(tmp_
             while "tok/s" not in (tmp_path / "log").read_text():
                 time.sleep(0.2)
                 assert job.poll() is None, (tmp_path / "log").read_text()
-            (victim, *_) = sorted(nodes_with("ReplicaActor") & {"node-1", "node-2"})
+            (victim, *_) = sorted(nodes_with(cluster, "ReplicaActor") & {"node-1", "node-2"})
             cluster.kill_node(int(victim.removeprefix("node-")))
             time.sleep(5)
             back = cluster.add_node()
-            while back not in nodes_with("ReplicaActor", "prepare_block"):
+            while back not in nodes_with(cluster, "ReplicaActor", "MapBatches"):
                 time.sleep(0.1)
                 assert job.poll() is None, "the node that came back was not used"
             stdout, _ = job.communicate(timeout=300)

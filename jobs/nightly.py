@@ -531,6 +531,7 @@ def _flow_spec(job: Job) -> FlowSpec:
         sampling=config.sampling,
         run_seed=config.seed,
         max_image_pixels=limits.max_image_pixels,
+        **_max_images(profile),
         fetcher=_fetcher(job),
         model_names=accepted_names(locate_model(profile.model), profile.engine_args),
     )
@@ -565,6 +566,13 @@ def _fetcher(job: Job) -> ImageFetcher:
     size, at_a_time = limits.max_image_bytes, limits.image_fetch_concurrency
     web = WebReader(tuple(allowed.domains), allowed.timeout_s, size, at_a_time)
     return ImageFetcher(job.found.roots[0], size, at_a_time, tuple(allowed.roots), web)
+
+
+def _max_images(profile: EngineProfile) -> dict[str, int]:
+    """The engine's own limit, where its profile sets one: a number, or vLLM's object of options."""
+    limit = (profile.engine_args.get("limit_mm_per_prompt") or {}).get("image")
+    count = limit.get("count") if isinstance(limit, Mapping) else limit
+    return {} if count is None else {"max_images": int(count)}
 
 
 def _local_cpus() -> int:

@@ -20,6 +20,7 @@ from pipeline.redact import redacted_text
 from pipeline.web import SCHEMES, WebReader, too_large
 
 Fetched = bytes | RowError
+_MOST_SHOWN = 500  # characters of a URI in a message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ALIASES = {"s3a": "s3", "local": "file"}
 
@@ -44,19 +45,21 @@ class ImageFetcher:
             return {}
         online = [uri for uri in distinct if self.web is not None and _scheme(uri) in SCHEMES]
         stored = [uri for uri in distinct if uri not in set(online)]
+        targets = {uri: self._target(uri) for uri in stored}
+        places = {t: uri for uri, t in targets.items() if isinstance(t, str)}  # by any spelling
         with ThreadPoolExecutor(min(self.concurrency, len(distinct)) + 1) as pool:
             answers = pool.submit(self.web.read, online) if self.web and online else None
-            found = dict(zip(stored, pool.map(self._fetch_one, stored), strict=True))
+            read = dict(zip(places, pool.map(self._read, places, places.values()), strict=True))
+            found = {uri: read[t] if isinstance(t, str) else t for uri, t in targets.items()}
             return {**found, **(answers.result() if answers else {})}
 
-    def _fetch_one(self, uri: str) -> Fetched:
+    def _target(self, uri: str) -> str | RowError:
         try:
-            return self._read(self._resolve(uri), uri)
+            return self._resolve(uri)
         except RowError as error:
             return error
         except (OSError, ValueError) as error:  # a path that no file system takes
-            message = f"image {uri}: {error}"
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(message))
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {_reason(error)}")
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
@@ -98,15 +101,25 @@ class ImageFetcher:
         scheme, inside = _own_bucket(self.root)
         return ", ".join([f"{scheme}://{inside}", *self.roots])
 
-    def _read(self, target: str, uri: str) -> bytes:
+    def _read(self, target: str, uri: str) -> Fetched:
         try:
-            data = storage.read_bytes(target, limit=self.max_bytes + 1)
+            return storage.read_bytes(target, limit=self.max_bytes + 1)
         except FileNotFoundError:
-            message = f"no image at {uri}"
-            raise RowError(ErrorCode.IMAGE_NOT_FOUND, redacted_text(message)) from None
+            return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {_shown(uri)}")
         except StorageError as error:
-            raise RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(str(error))) from None
-        return data
+            reason = _shown(str(error.__cause__ or error))
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {reason}")
+        except (OSError, ValueError) as error:
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which may be of any length."""
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+def _shown(uri: str) -> str:
+    return redacted_text(uri[:_MOST_SHOWN])
 
 
 def check_size(data: bytes, max_bytes: int) -> bytes:
@@ -163,5 +176,5 @@ def _segments(path: str, uri: str) -> list[str]:
 
 
 def _forbidden(uri: str, reason: str) -> RowError:
-    message = f"image {uri} may not be read: {reason}"
-    return RowError(ErrorCode.IMAGE_FORBIDDEN, redacted_text(message))
+    message = f"image {_shown(uri)} may not be read: {reason}"
+    return RowError(ErrorCode.IMAGE_FORBIDDEN, message)

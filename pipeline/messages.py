@@ -8,7 +8,6 @@ or ``RowError(invalid_messages)``. A raw prompt, which no template touches, is a
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pipeline.errors import ErrorCode, RowError
 _MESSAGE_KEYS = ("role", "content", "name")
 _KEYS_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_PART_TYPES = ("text", "image", "image_url")
 
 ImageSource = bytes | str
 """Encoded bytes, or a URI to fetch them from."""
@@ -209,12 +210,16 @@ def _part(
     if not isinstance(part, Mapping):
         raise _invalid(f"{where} must be an object with a type")
     kind = part.get("type")
+    known = ("type", "text") if kind == "text" else ("type", "image", "image_url")
+    unknown = [key for key, value in part.items() if value is not None and key not in known]
+    if kind in _PART_TYPES and unknown:
+        raise _invalid(f"{where}.{unknown[0]} is not supported in a part of type {kind}")
     if kind == "text":
         text = part.get("text")
         if not isinstance(text, str):
             raise _invalid(f"{where}.text must be a string")
         return {"type": "text", "text": _checked_text(text, where)}
-    if kind not in ("image", "image_url"):
+    if kind not in _PART_TYPES:
         raise _invalid(f"{where}.type = {kind!r}: must be text, image or image_url")
     attached.append(_part_image(part, where, unused))
     return {"type": "image"}
@@ -239,7 +244,7 @@ def _from_data_url(url: str, where: str) -> bytes:
         raise _invalid(f"{where}: a data: URL must be data:image/...;base64,...")
     try:
         return base64.b64decode(payload, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # of characters beyond ASCII, and binascii's own
         raise RowError(ErrorCode.IMAGE_INVALID, f"{where}: bad base64: {error}") from None
 
 

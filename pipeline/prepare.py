@@ -45,6 +45,7 @@ from pipeline.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
+_MAX_IMAGES = 999  # vLLM's own default
 _SEED_LIMIT = 2**63  # engines take signed 64-bit seeds, ours are never negative
 
 
@@ -60,6 +61,8 @@ class PrepareSpec:
     fetcher: ImageFetcher
     model_names: tuple[str, ...] = ()
     """What a batch line's ``body.model`` may be."""
+    max_images: int = _MAX_IMAGES
+    """Most images of one row, checked before any is fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,15 @@ def _to_row(row: pa.Table) -> dict[str, Any]:
 
 def carried(block: pa.Table, columns: InputColumns) -> pa.Table:
     """The columns to carry of an input block, in input order."""
-    return input_columns(block).select(columns.carried.names).cast(columns.carried)
+    table = input_columns(block).select(columns.carried.names)
+    arrays = [_cast(table.column(field.name), field.type) for field in columns.carried]
+    return pa.table(arrays, schema=columns.carried)
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if "list_view" in str(column.type):  # Arrow casts slices of these wrongly, or not at all
+        return pa.chunked_array([pa.array(column.to_pylist(), kind)])
+    return column.cast(kind)
 
 
 def _parse(
@@ -177,6 +188,12 @@ def _parse(
             raise _duplicate(custom_id, earlier)
         chat, own = _request(row, line, spec)
         sampling = resolve(spec.sampling, own)
+        if len(chat.images) > spec.max_images:
+            raise RowError(
+                ErrorCode.INVALID_MESSAGES,
+                f"{len(chat.images)} images; the engine's limit_mm_per_prompt allows "
+                f"{spec.max_images}",
+            )
         if isinstance(chat, RawPrompt) and sampling.tool_use:
             raise RowError(ErrorCode.INVALID_PARAMETER, "tools want a chat, not a raw prompt")
     except Exception as error:  # noqa: BLE001 - told apart in _row_error

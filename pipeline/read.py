@@ -32,9 +32,10 @@ _PARQUET = (".parquet", ".pq")
 _LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataType]], ...] = (
     (pa.types.is_list, pa.list_),
     (pa.types.is_large_list, pa.large_list),
-    (pa.types.is_list_view, pa.list_view),
-    (pa.types.is_large_list_view, pa.large_list_view),
+    (pa.types.is_list_view, pa.list_),
+    (pa.types.is_large_list_view, pa.large_list),
 )
+"""Kinds of lists, and what each is carried as: views as plain ones, which all of Arrow can cast."""
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
 _SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
 _MAX_BATCH_ROWS = 1024
@@ -378,6 +379,11 @@ def _carried_type(kind: pa.DataType) -> pa.DataType:
         return pa.dictionary(pa.int32(), _carried_type(kind.value_type), kind.ordered)
     if pa.types.is_struct(kind):
         return pa.struct([each.with_type(_carried_type(each.type)) for each in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_carried_type(kind.key_type), _carried_type(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        item = kind.value_field.with_type(_carried_type(kind.value_type))
+        return pa.list_(item, kind.list_size)
     for is_list, make in _LISTS:
         if is_list(kind):
             return make(kind.value_field.with_type(_carried_type(kind.value_type)))

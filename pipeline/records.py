@@ -425,8 +425,8 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob,
 
 def _told(message: str) -> str:
     """Messages quote what users wrote, at any length, lone surrogates and secrets included."""
-    shown = message[:_MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
-    return redacted_text(shown)
+    shown = message[: 2 * _MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
+    return redacted_text(shown)[:_MAX_MESSAGE]  # in this order: a cut secret looks like none
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

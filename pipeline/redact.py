@@ -15,24 +15,28 @@ from typing import Any
 from urllib.parse import quote
 
 MASK = "***"
-_SECRET_NAME = re.compile(r"token$|secret|password|passwd|credential|api_?key|access_?key", re.I)
+_SECRET_NAME = re.compile(
+    r"token$|secret|password|passwd|credential|authorization|(?:api|access|private)_?key", re.I
+)
 _SHORTEST_SECRET = 8
 """Characters: shorter values of the environment are words that occur by themselves."""
+# Messages quote what strangers wrote, at any length: each pattern takes linear time, as it starts
+# with a fixed text or is bounded.
 _PATTERNS = (
-    (re.compile(r"(://)[^/\s\"'<>]*@"), rf"\1{MASK}@"),
+    (re.compile(r"(://)(?:[^/\s\"'<>@]*:)?[^\s\"'<>@]{0,500}@"), rf"\1{MASK}@"),
     (re.compile(r"(https?:[^\s\"'<>?#]*)[?#][^\s\"'<>]+", re.I), rf"\1?{MASK}"),
     (re.compile(r"([?&][^\s\"'<>=&?]+=)[^\s\"'<>&]+"), rf"\1{MASK}"),
     (
         re.compile(
-            r"((?:x-amz-[a-z-]+|signature|\bsig|[\w-]*token|[\w-]*secret|[\w-]*password|"
-            r"[\w-]*api_?key|[\w-]*access_?key)=)[^\s\"'<>&,;]+",
+            r"((?:x-amz-[a-z-]{1,40}|signature|\bsig|token|secret|password|api_?key|access_?key)"
+            r"\"?[=:] ?\"?)[^\s\"'<>&,;]+",
             re.I,
         ),
         rf"\1{MASK}",
     ),
     (re.compile(r"\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.I), rf"\1{MASK}"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), MASK),
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), MASK),
+    (re.compile(r"\b(?:hf_|gh[opsu]_|sk-)[\w-]{16,}"), MASK),
 )
 
 

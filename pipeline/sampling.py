@@ -96,7 +96,7 @@ class SamplingDefaults(BaseModel):
             raise ValueError("stop: a lone surrogate is not allowed")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs is not None and self.logprobs is False:
             raise ValueError("top_logprobs wants logprobs: true")
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("give response_format or structured_outputs, not both")
@@ -202,16 +202,23 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
             given["stop"] = source.stop_list
         if source.logit_bias is not None:
             given["logit_bias"] = {int(key): bias for key, bias in source.logit_bias.items()}
-        if source.logprobs is not None:
-            given["logprobs"] = (source.top_logprobs or 0) if source.logprobs else None
         if source.response_format is not None or source.structured_outputs is not None:
             given["structure"] = source.structure
         merged.update(given)
     try:
+        merged["logprobs"] = _resolve_logprobs(defaults, row)
         merged.update(_resolve_tools(defaults, row, merged.get("structure")))
     except ValueError as error:
         raise RowError(ErrorCode.INVALID_PARAMETER, str(error)) from None
     return Sampling(**merged)
+
+
+def _resolve_logprobs(defaults: SamplingDefaults, row: SamplingDefaults) -> int | None:
+    wanted = defaults.logprobs if row.logprobs is None else row.logprobs
+    top = defaults.top_logprobs if row.top_logprobs is None else row.top_logprobs
+    if top is not None and wanted is None:
+        raise ValueError("top_logprobs wants logprobs: true")
+    return (top or 0) if wanted else None
 
 
 def offered_tools(defaults: SamplingDefaults, row: SamplingDefaults) -> list[dict[str, Any]]:

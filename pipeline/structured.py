@@ -11,18 +11,34 @@ time (Rust's regex: no look-around, no back-references), and what a schema refer
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
-from jsonschema_rs import Draft202012Validator, RegexOptions, ValidationError
+from jsonschema_rs import RegexOptions, ValidationError, Validator, validator_for
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SPEC_CHARS = 65_536
 """Longest schema, pattern or grammar: engines compile them while others wait."""
 _MAX_CHOICES = 1_000
 _MAX_NESTING = 64  # vLLM's own limit
+_MAX_EXPANDED = 20_000
+"""Places of a schema once its references are followed: what one check may have to look at."""
+_MAX_LOOKS = 1_000_000
+"""At one value, by a schema that refers to itself: a second or so."""
+_CHECK_S = 10.0
+_CHILD = """
+import json, resource, sys
+from jsonschema_rs import RegexOptions, validator_for
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+schema, text = json.load(sys.stdin)
+validator = validator_for(json.loads(schema), offline=True, pattern_options=RegexOptions())
+print(validator.is_valid(json.loads(text)))
+"""
 
 
 class StructureKind(StrEnum):
@@ -171,10 +187,15 @@ def is_closed(structure: Structure, text: str) -> bool:
 def _json_violation(schema: str, text: str) -> str | None:
     try:
         value = json.loads(text)
-        error = next(_validator(schema).iter_errors(value), None)
     except (ValueError, RecursionError) as unreadable:
         return f"the text is not JSON: {unreadable}"
-    if error is None:
+    if _may_take_long(schema, value):
+        return _violation_by_child(schema, text)
+    try:
+        _validator(schema).validate(value)  # ends at the first error, unlike iter_errors
+    except ValidationError as found:
+        error = found
+    else:
         return None
     where = "".join(f"[{step!r}]" for step in error.instance_path)
     return f"the text does not fit the schema: {where or 'all of it'}: {error.message}"
@@ -182,6 +203,7 @@ def _json_violation(schema: str, text: str) -> str | None:
 
 def _check_pattern(pattern: str) -> None:
     try:
+        _validator(json.dumps({"pattern": pattern}))  # by itself, or a)(b would do
         _validator(_pattern_schema(pattern))
     except ValueError:
         raise ValueError(
@@ -189,12 +211,44 @@ def _check_pattern(pattern: str) -> None:
         ) from None
 
 
+def _may_take_long(schema: str, value: Any) -> bool:
+    """Whether a schema that refers to itself may look at the inmost values times out of number: at
+    each level as often as it has references."""
+    references = _references_to_itself(schema)
+    return bool(references > 1 and references ** _depth(value) > _MAX_LOOKS)
+
+
+@lru_cache(maxsize=256)
+def _references_to_itself(schema: str) -> int:
+    """All references of a schema if one of them leads back; else none."""
+    document = json.loads(schema)
+    size = _Size(document)
+    size.check()
+    found = [node for node in _walk(document) if isinstance(node, dict) and "$ref" in node]
+    return len(found) if size.is_recursive else 0
+
+
+def _violation_by_child(schema: str, text: str) -> str | None:
+    """In a process that can be ended: the check holds the interpreter while it runs."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD],
+            input=json.dumps([schema, text]).encode(),
+            capture_output=True,
+            timeout=_CHECK_S,
+            check=True,
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return f"whether the text fits the schema could not be told within {_CHECK_S:g} s"
+    return None if done.stdout.strip() == b"True" else "the text does not fit the schema"
+
+
 def _pattern_schema(pattern: str) -> str:
     return json.dumps({"type": "string", "pattern": f"^(?:{pattern})$"})
 
 
 @lru_cache(maxsize=256)
-def _validator(schema: str) -> Draft202012Validator:
+def _validator(schema: str) -> Validator:
     """The validator of a schema.
 
     Raises:
@@ -207,12 +261,73 @@ def _validator(schema: str) -> Draft202012Validator:
     if not isinstance(document, dict):
         raise ValueError("a JSON schema is an object")
     _check_nesting(document)
+    _Size(document).check()
     try:
-        return Draft202012Validator(document, offline=True, pattern_options=RegexOptions())
+        return validator_for(document, offline=True, pattern_options=RegexOptions())
     except ValidationError as error:
         raise ValueError(f"not a JSON schema: {error.message}") from None
     except ValueError as error:
         raise ValueError(f"not a JSON schema: {error}") from None
+
+
+class _Size:
+    """How much there is to check by a schema once what it refers to stands in its place.
+
+    Forty definitions that each refer twice to the next are 2 kB, and 2^40 checks.
+    """
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._document = document
+        self._known: dict[str, int] = {}
+        self._open: set[str] = set()
+        self.is_recursive = False
+        """Whether it refers to itself; known after ``check``."""
+
+    def check(self) -> None:
+        """Refuse more than ``_MAX_EXPANDED`` places.
+
+        Raises:
+            ValueError: there are more, or it refers otherwise than by a pointer into itself.
+        """
+        try:
+            places = self._of(self._document)
+        except RecursionError:
+            raise ValueError("the schema refers too deeply") from None
+        if places > _MAX_EXPANDED:
+            raise ValueError(f"the schema, with its references, has over {_MAX_EXPANDED} places")
+
+    def _of(self, node: Any) -> int:
+        size = 1 + sum(self._of(child) for child in _children(node))
+        if isinstance(node, dict):
+            if "$dynamicRef" in node or "$recursiveRef" in node:
+                raise ValueError("the schema has a dynamic reference")
+            if isinstance(node.get("$ref"), str):
+                size += self._of_reference(node["$ref"])
+        return min(size, _MAX_EXPANDED + 1)
+
+    def _of_reference(self, reference: str) -> int:
+        if not (reference == "#" or reference.startswith("#/")):
+            raise ValueError(f"the schema refers to {reference!r}, not into itself (#/...)")
+        if reference in self._open or reference == "#":
+            self.is_recursive = True
+            return 1  # the rest depends on the text
+        if reference not in self._known:
+            self._open.add(reference)
+            self._known[reference] = self._of(self._target(reference))
+            self._open.remove(reference)
+        return self._known[reference]
+
+    def _target(self, reference: str) -> Any:
+        node: Any = self._document
+        for step in reference.split("/")[1:]:
+            key = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+                node = node[int(key)]
+            elif isinstance(node, dict) and key in node:
+                node = node[key]
+            else:
+                raise ValueError(f"the schema refers to {reference!r}, which is not there")
+        return node
 
 
 def _check_nesting(document: Any) -> None:
@@ -222,6 +337,21 @@ def _check_nesting(document: Any) -> None:
         if not level:
             return
     raise ValueError(f"the schema is nested deeper than {_MAX_NESTING} levels")
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists."""
+    level: list[Any] = [value]
+    depth = 0
+    while level := [child for node in level for child in _children(node)]:
+        depth += 1
+    return depth
+
+
+def _walk(node: Any) -> Iterator[Any]:
+    yield node
+    for child in _children(node):
+        yield from _walk(child)
 
 
 def _children(node: Any) -> list[Any]:

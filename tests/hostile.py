@@ -146,9 +146,13 @@ def _image_uris(folder: Path) -> Iterator[Case]:
     yield _uri("uri-too-large", Code.IMAGE_TOO_LARGE, "large.png")
     yield _uri("uri-a-folder", Code.IMAGE_FORBIDDEN, "a folder")
     yield _uri("uri-a-pipe", Code.IMAGE_FORBIDDEN, "pipe.png")
+    one_part = {"type": "image_url", "image_url": {"url": "x" * 1_000_000}}
+    content = [{"role": "user", "content": [one_part]}]
+    yield _chat("uri-of-a-megabyte", Code.IMAGE_FETCH_FAILED, content)
     yield _uri("uri-too-long", Code.IMAGE_FETCH_FAILED, "x" * 10_000)
     for name, url, code in [
         ("bad-base64", "data:image/png;base64,!!!!", Code.IMAGE_INVALID),
+        ("base64-beyond-ascii", "data:image/png;base64,\u00e9", Code.IMAGE_INVALID),
         ("html", "data:text/html;base64," + base64.b64encode(b"<p>").decode(), Code.IMAGE_INVALID),
         ("not-base64", "data:image/png,abc", Code.INVALID_MESSAGES),
         ("web", f"http://169.254.169.254/x?{PLANTED}", Code.IMAGE_FORBIDDEN),
@@ -165,6 +169,11 @@ def _messages() -> Iterator[Case]:
     yield Case("both", code, prompt="a", messages='[{"role": "user", "content": "a"}]')
     yield Case("not-json", code, prompt=None, messages="{")
     yield Case("a-hundred-thousand-brackets", code, prompt=None, messages="[" * 100_000)
+    yield _chat(
+        "an-image-in-a-text-part",
+        code,
+        [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": "x.png"}]}],
+    )
     yield Case("a-number", code, prompt=None, messages="7")
     yield _chat("no-messages", code, [])
     yield _chat("unknown-role", code, [{"role": "root", "content": "a"}])
@@ -199,6 +208,7 @@ def _parameters() -> Iterator[Case]:
         "schema-that-refers-to-the-web": _json({"$ref": "http://169.254.169.254/"}),
         "schema-that-refers-to-a-file": _json({"$ref": "file:///etc/passwd"}),
         "schema-too-deep": _json(deep),
+        "schema-that-explodes": _json(_doubling()),
         "schema-that-is-none": _json({"type": "strin"}),
         "schema-of-a-megabyte": _json({"description": "x" * 1_000_000}),
         "pattern-that-is-none": {"structured_outputs": {"regex": "[a"}},
@@ -227,7 +237,7 @@ def _parameters() -> Iterator[Case]:
 
 
 def _odd() -> Iterator[Case]:
-    """Legal, but for the last, which the engine alone can refuse: its profile allows 8 images."""
+    """Legal, but for the last: the engine's profile allows 8 images."""
     one = {"bytes": png(56, 56), "path": None}
     yield Case("two-samples", None, "Count to 3.", sampling='{"n": 2, "seed": 5}')
     yield Case("a-stop-string", None, "Count to 9.", sampling='{"stop": ["4"]}')
@@ -235,11 +245,17 @@ def _odd() -> Iterator[Case]:
         "a-huge-limit", None, "Count to 3.", sampling='{"max_completion_tokens": 2147483647}'
     )
     yield Case("eight-images", None, images=[one] * 8)
-    yield Case("nine-images", Code.ENGINE_REJECTED, images=[one] * 9)
+    yield Case("nine-images", Code.INVALID_MESSAGES, images=[one] * 9)
 
 
 _USER = '[{"role": "user", "content": "no image part"}]'
 _POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd) run\n"
+
+
+def _doubling() -> dict[str, Any]:
+    """Forty definitions that refer twice to the next: 2 kB, and 2^40 checks."""
+    twice = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(40)}
+    return {"$ref": "#/$defs/a0", "$defs": {**twice, "a40": {}}}
 
 
 def _json(schema: object) -> dict[str, Any]:

@@ -266,3 +266,19 @@ def test_local_files_stay_inside_their_folders(tmp_path: Path) -> None:
 def test_other_buckets_and_neighbours_of_a_root_are_refused(uri: str) -> None:
     fetcher = ImageFetcher("s3://in/rows", LIMIT, 4, ("s3://more/open",))
     assert code(fetcher.fetch([uri])[uri]) == ErrorCode.IMAGE_FORBIDDEN
+
+
+def test_an_image_is_read_once_whatever_the_spelling_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(BODY)
+    spellings = ["a.png", "./a.png", f"{tmp_path}/a.png", f"file://{tmp_path}/./a.png"]
+    found = ImageFetcher(f"file://{tmp_path}", LIMIT, 4).fetch(spellings)
+    assert list(found) == spellings
+    assert len({id(data) for data in found.values()}) == 1
+    assert found["a.png"] == BODY
+
+
+def test_a_megabyte_of_a_name_is_told_in_short(tmp_path: Path) -> None:
+    (found,) = ImageFetcher(f"file://{tmp_path}", LIMIT, 4).fetch(["x" * 1_000_000]).values()
+    assert code(found) is ErrorCode.IMAGE_FETCH_FAILED
+    assert isinstance(found, RowError)
+    assert len(found.message) < 1_000

@@ -214,3 +214,23 @@ def test_images_of_several_turns_stay_in_order() -> None:
         b"2",
         b"3",
     )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "a", "image_url": {"url": "x.png"}},
+        {"type": "image_url", "image_url": {"url": "x.png"}, "text": "a"},
+        {"type": "text", "text": "a", "detail": "high"},
+    ],
+)
+def test_what_a_part_of_its_type_has_no_use_for_is_not_ignored(part: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="is not supported in a part of type"):
+        parse_chat(None, [{"role": "user", "content": [part]}], None)
+
+
+def test_base64_beyond_ascii_is_no_image() -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}
+    with pytest.raises(RowError) as caught:
+        parse_chat(None, [{"role": "user", "content": [part]}], None)
+    assert caught.value.code is ErrorCode.IMAGE_INVALID

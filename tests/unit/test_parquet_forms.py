@@ -156,6 +156,10 @@ def test_images_of_any_layout_are_the_same_bytes(tmp_path: Path, kind: pa.DataTy
         pa.large_list_view(pa.int8()),
         pa.list_(pa.int8(), 2),
         pa.list_(pa.string_view()),
+        pa.list_view(pa.string_view()),
+        pa.large_list_view(pa.string()),
+        pa.list_(pa.string_view(), 2),
+        pa.map_(pa.string(), pa.string_view()),
         pa.struct(
             [("a", pa.string_view()), ("b", pa.list_(pa.dictionary(pa.int8(), pa.string())))]
         ),

@@ -458,6 +458,14 @@ def test_a_prompt_that_cannot_fit_however_it_tokenizes_is_not_tokenized(
     assert "3000" in item.message
 
 
+def test_more_images_than_the_engine_takes_are_not_even_fetched(tmp_path: Path) -> None:
+    uris = [f"missing-{number}.png" for number in range(1_000)]
+    (item,) = prepare(tmp_path, [{"prompt": "?", "images": uris}])
+    assert code(item) == "invalid_messages"
+    assert isinstance(item, Failure)
+    assert "1000 images; the engine's limit_mm_per_prompt allows 999" in item.message
+
+
 def test_the_models_chat_template_is_the_one_its_training_writes() -> None:
     assert (CHECKPOINT / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 

@@ -63,7 +63,7 @@ def test_stop_may_be_one_string_or_several() -> None:
         ({"logit_bias": "{"}, "logit_bias is not valid JSON"),
         ({"logprobs": 5}, "logprobs = 5: Input should be a valid boolean"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs = 21: Input should be less than"),
-        ({"top_logprobs": 2}, "top_logprobs wants logprobs: true"),
+        ({"top_logprobs": 2, "logprobs": False}, "top_logprobs wants logprobs: true"),
         ({"response_format": {"type": "xml"}}, "response_format.type = 'xml'"),
         ({"response_format": {"type": "json_schema"}}, "json_schema goes with type json_schema"),
         ({"response_format": {"type": "text", "x": 1}}, "response_format has no key 'x'"),
@@ -137,3 +137,12 @@ def test_parameters_survive_in_a_manifest_under_their_own_names() -> None:
     }
     dumped = SamplingDefaults.model_validate(given).model_dump(mode="json", exclude_none=True)
     assert dumped == given
+
+
+def test_log_probabilities_are_merged_part_by_part() -> None:
+    run = SamplingDefaults(logprobs=True, top_logprobs=5)
+    assert resolve(run, parse_row_sampling({"logprobs": True})).logprobs == 5
+    assert resolve(run, parse_row_sampling({"top_logprobs": 2})).logprobs == 2
+    assert resolve(run, parse_row_sampling({"logprobs": False})).logprobs is None
+    with pytest.raises(RowError, match="wants logprobs: true"):
+        resolve(SamplingDefaults(), parse_row_sampling({"top_logprobs": 2}))

@@ -90,12 +90,15 @@ def test_the_order_of_properties_stays_as_it_was_given() -> None:
         ({"json": "{"}, "the schema is not JSON"),
         ({"json": "[]"}, "a JSON schema is an object"),
         ({"json": {"pattern": "("}}, "not a JSON schema"),
-        ({"json": {"$ref": "http://169.254.169.254/latest"}}, "not a JSON schema"),
-        ({"json": {"$ref": "file:///etc/passwd"}}, "not a JSON schema"),
-        ({"json": {"$ref": "#/$defs/missing"}}, "not a JSON schema"),
+        ({"json": {"$ref": "http://169.254.169.254/latest"}}, "not into itself"),
+        ({"json": {"$ref": "file:///etc/passwd"}}, "not into itself"),
+        ({"json": {"$ref": "#/$defs/missing"}}, "which is not there"),
         ({"json": {"description": "x" * MAX_SPEC_CHARS}}, "at most 65536"),
         ({"json": "[" * 60_000}, "the schema is not JSON"),
         ({"regex": "[0-9"}, "not a regular expression"),
+        ({"regex": "a)(b"}, "not a regular expression"),
+        ({"json": {"$dynamicRef": "#a"}}, "dynamic reference"),
+        ({"json": {"$ref": "#anchor", "$defs": {"x": {"$anchor": "anchor"}}}}, "not into itself"),
         ({"regex": "(?=a)b"}, "not a regular expression"),
         ({"regex": "(a{1,1000}){1,1000}"}, "not a regular expression"),
         ({"choice": []}, "at least 1 item"),
@@ -146,3 +149,35 @@ def test_only_an_object_or_list_shows_that_it_ended(
 
 def test_a_structure_tells_its_kind() -> None:
     assert structure(choice=["a"]) == Structure(kind=StructureKind.CHOICE, spec='["a"]')
+
+
+@pytest.mark.parametrize("kind", ["allOf", "anyOf", "oneOf"])
+def test_a_schema_that_grows_by_its_references_is_refused_at_once(kind: str) -> None:
+    twice = {f"a{i}": {kind: [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(40)}
+    with pytest.raises(ValueError, match="over 20000 places"):
+        json_structure({"$ref": "#/$defs/a0", "$defs": {**twice, "a40": {}}})
+
+
+def test_a_schema_that_refers_through_a_long_chain_is_refused() -> None:
+    chain = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(1500)}
+    with pytest.raises(ValueError, match="too deeply"):
+        json_structure({"$ref": "#/$defs/a0", "$defs": {**chain, "a1500": {}}})
+
+
+def nested(depth: int, inmost: str) -> str:
+    return '{"x": ' * depth + inmost + "}" * depth
+
+
+def test_a_schema_that_refers_to_itself_is_checked_at_any_depth() -> None:
+    twice = [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/n"}]
+    node = {"type": "object", "properties": {"x": {"anyOf": twice}}}
+    schema = json_structure({"$ref": "#/$defs/n", "$defs": {"n": node}})
+    for depth in (3, 40):
+        assert violation(schema, nested(depth, "{}")) is None
+        assert "does not fit the schema" in str(violation(schema, nested(depth, "7")))
+
+
+def test_older_drafts_are_told_by_their_name() -> None:
+    draft_7 = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}]}
+    assert violation(json_structure(draft_7), '["a", 1]') is None
+    assert violation(json_structure(draft_7), "[1]")

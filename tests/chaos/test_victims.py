@@ -28,8 +28,8 @@ import ray, setproctitle
 CORE = '''
 import subprocess, sys, time
 import setproctitle
-setproctitle.setproctitle("VLLM::EngineCore")
-code = "import setproctitle, time; setproctitle.setproctitle('VLLM::Worker_TP0'); time.sleep(600)"
+setproctitle.setproctitle("VLLM" "::EngineCore")  # not yet a title in the command line
+code = "import setproctitle as s, time; s.setproctitle('VLLM' '::Worker_TP0'); time.sleep(600)"
 worker = subprocess.Popen([sys.executable, "-c", code])
 time.sleep(600)
 '''

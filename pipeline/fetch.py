@@ -16,11 +16,10 @@ from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import ErrorCode, RowError, StorageError
-from pipeline.redact import redacted_text
+from pipeline.redact import shown_uri
 from pipeline.web import SCHEMES, WebReader, too_large
 
 Fetched = bytes | RowError
-_MOST_SHOWN = 500  # characters of a URI in a message
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ALIASES = {"s3a": "s3", "local": "file"}
 
@@ -59,7 +58,7 @@ class ImageFetcher:
         except RowError as error:
             return error
         except (OSError, ValueError) as error:  # a path that no file system takes
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {_reason(error)}")
+            return _unreadable(uri, error)
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
@@ -105,21 +104,18 @@ class ImageFetcher:
         try:
             return storage.read_bytes(target, limit=self.max_bytes + 1)
         except FileNotFoundError:
-            return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {_shown(uri)}")
+            return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {shown_uri(uri)}")
         except StorageError as error:
-            reason = _shown(str(error.__cause__ or error))
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {reason}")
+            reason = shown_uri(str(error.__cause__ or error))
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {shown_uri(uri)}: {reason}")
         except (OSError, ValueError) as error:
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {_shown(uri)}: {_reason(error)}")
+            return _unreadable(uri, error)
 
 
-def _reason(error: Exception) -> str:
-    """Without the path, which may be of any length."""
-    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
-
-
-def _shown(uri: str) -> str:
-    return redacted_text(uri[:_MOST_SHOWN])
+def _unreadable(uri: str, error: Exception) -> RowError:
+    """Without the error's own path, which may be of any length."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+    return RowError(ErrorCode.IMAGE_FETCH_FAILED, f"image {shown_uri(uri)}: {reason}")
 
 
 def check_size(data: bytes, max_bytes: int) -> bytes:
@@ -176,5 +172,5 @@ def _segments(path: str, uri: str) -> list[str]:
 
 
 def _forbidden(uri: str, reason: str) -> RowError:
-    message = f"image {_shown(uri)} may not be read: {reason}"
+    message = f"image {shown_uri(uri)} may not be read: {reason}"
     return RowError(ErrorCode.IMAGE_FORBIDDEN, message)

@@ -18,6 +18,7 @@ MASK = "***"
 _SECRET_NAME = re.compile(
     r"token$|secret|password|passwd|credential|authorization|(?:api|access|private)_?key", re.I
 )
+_MOST_SHOWN = 500  # characters of a URI in a message
 _SHORTEST_SECRET = 8
 """Characters: shorter values of the environment are words that occur by themselves."""
 # Messages quote what strangers wrote, at any length: each pattern takes linear time, as it starts
@@ -47,6 +48,12 @@ def redacted_text(text: str, environment: Mapping[str, str] = os.environ) -> str
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def shown_uri(uri: str) -> str:
+    """A URI that a row brought, as messages quote it: redacted first, then cut, as half a secret
+    looks like none."""
+    return redacted_text(uri[: 2 * _MOST_SHOWN])[:_MOST_SHOWN]
 
 
 def redacted(value: Any, name: str = "") -> Any:

@@ -65,11 +65,13 @@ Spec = Annotated[str, Field(min_length=1, max_length=MAX_SPEC_CHARS)]
 """A schema, pattern or grammar as text."""
 
 
-class _Part(BaseModel):
+class RequestPart(BaseModel):
+    """An object inside a request: strict, and written back by the names it was read by."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, serialize_by_alias=True)
 
 
-class JsonSchemaFormat(_Part):
+class JsonSchemaFormat(RequestPart):
     """OpenAI's ``response_format.json_schema``. ``strict: false`` is held to the schema as well."""
 
     name: Annotated[str | None, Field(min_length=1, max_length=64)] = None
@@ -83,7 +85,7 @@ class JsonSchemaFormat(_Part):
         return self
 
 
-class ResponseFormat(_Part):
+class ResponseFormat(RequestPart):
     """OpenAI's ``response_format``."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -105,7 +107,7 @@ class ResponseFormat(_Part):
         return None
 
 
-class StructuredOutputs(_Part):
+class StructuredOutputs(RequestPart):
     """vLLM's ``structured_outputs``: exactly one of its keys."""
 
     json_: Annotated[dict[str, Any] | Spec | None, Field(alias="json")] = None

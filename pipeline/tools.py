@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from pipeline.structured import Structure, json_structure
+from pipeline.structured import RequestPart, Structure, json_structure
 
 _MAX_TOOLS = 128  # OpenAI's limit
 _NO_PARAMETERS = {"type": "object", "properties": {}}
@@ -45,15 +45,11 @@ class ToolUse(BaseModel):
     """Whether more than one call counts."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Named(_Part):
+class _Named(RequestPart):
     name: str
 
 
-class NamedTool(_Part):
+class NamedTool(RequestPart):
     """OpenAI's ``tool_choice`` of one tool."""
 
     type: Literal["function"]
@@ -63,7 +59,7 @@ class NamedTool(_Part):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
-class _Function(_Part):
+class _Function(RequestPart):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -76,7 +72,7 @@ class _Function(_Part):
         return schema
 
 
-class _Tool(_Part):
+class _Tool(RequestPart):
     type: Literal["function"]
     function: _Function
 

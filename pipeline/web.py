@@ -22,7 +22,7 @@ from tenacity import wait_random_exponential as backoff
 
 from pipeline import faults
 from pipeline.errors import ErrorCode, RowError, StorageUnavailableError
-from pipeline.redact import redacted_text
+from pipeline.redact import redacted_text, shown_uri
 
 if TYPE_CHECKING:
     import aiohttp
@@ -35,7 +35,6 @@ _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
 _CHUNK = 64 * 2**10
-_MOST_SHOWN = 500  # characters of a URI in a message
 _NAT64 = IPv6Network("64:ff9b::/96")
 _AZURE_HOST = IPv4Address("168.63.129.16")  # a public number for Azure's own machine service
 _URI = re.compile(r"[!#-\[\]_a-z~]+", re.I)  # printable ASCII; neither quotes nor backslashes
@@ -101,7 +100,7 @@ class WebReader:
     async def _read_one(
         self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, uri: str
     ) -> bytes | RowError:
-        shown = redacted_text(uri[:_MOST_SHOWN])
+        shown = shown_uri(uri)
         try:
             async with gate, asyncio.timeout(self.timeout_s):
                 return await self._patiently(session, uri)

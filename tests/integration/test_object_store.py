@@ -338,7 +338,7 @@ def test_a_store_lost_in_the_middle_of_a_file_is_unavailable(front: S3Front, fol
             front.script.extend([SLOW_DOWN] * 100)
             pq.read_table(file)
 
-    with storage.patience(0.5), pytest.raises(StorageUnavailableError, match=uri):
+    with storage.patience(3), pytest.raises(StorageUnavailableError, match=uri):
         read_while_the_store_goes_away()
     assert len(front.script) < 99
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import signal
 import sys
@@ -74,8 +73,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WINDOW_PER_SEQUENCE = 1.25
-"""Requests kept in the engine per sequence it runs: a few wait, so that no slot is ever empty."""
 _PREPARE_CPUS = 1
 """CPUs that must be free beside the replicas, or no row would ever be prepared."""
 _TOTALS_S = 3.0
@@ -535,13 +532,11 @@ def _flow_spec(job: Job) -> FlowSpec:
         fetcher=_fetcher(job),
         model_names=accepted_names(locate_model(profile.model), profile.engine_args),
     )
-    sequences = profile.engine_args["max_num_seqs"] * profile.data_parallel_size
     replica = ReplicaSpec(
         to=job.to,
         engine=EngineSpec(profile.model, profile.revision, profile.engine_args, profile.env),
         start_engine=job.start_engine,
         limits=ReplicaLimits(
-            window=math.ceil(_WINDOW_PER_SEQUENCE * sequences),
             row_timeout_s=limits.row_timeout_s,
             stall_s=limits.stall_s,
             flush_s=limits.journal_s,

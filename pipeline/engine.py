@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
+from pipeline.admission import EngineLoad
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.profile import locate_model
 from pipeline.records import TokenLogprob, TopLogprob
@@ -72,8 +73,8 @@ class Engine(Protocol):
             EngineError: the engine is dead.
         """
 
-    def progress(self) -> int:
-        """A number that grows while the engine works: it stands still only if nothing is done."""
+    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
+        """Have ``on_step`` called on the loop after each step, that is: while the engine works."""
 
     def shutdown(self) -> None:
         """Stop the engine and every process it started."""
@@ -102,9 +103,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a batch job calls nobody
         os.environ.update(spec.env)  # read when vLLM is imported, inherited by its processes
         before = set(_descendants())
-        self._steps = 0
+        self._listeners: list[Callable[[EngineLoad], None]] = []
         try:
-            self._llm = _start(spec, self._count_step)
+            self._llm = _start(spec, self._tell)
         except BaseException:
             _reap(set(_descendants()) - before)
             raise
@@ -126,9 +127,9 @@ class VLLMEngine:
         except (VLLMClientError, ValueError, TypeError) as error:
             raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
 
-    def progress(self) -> int:
-        """Steps of the engine's scheduler so far; see ``Engine.progress``."""
-        return self._steps
+    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
+        """See ``Engine.listen``. A step is one of the scheduler's, of any data-parallel rank."""
+        self._listeners.append(on_step)
 
     def shutdown(self) -> None:
         """See ``Engine.shutdown``. What vLLM leaves of a dead engine (it holds memory) ends too."""
@@ -137,8 +138,9 @@ class VLLMEngine:
         finally:
             _reap(self._processes)
 
-    def _count_step(self) -> None:
-        self._steps += 1
+    def _tell(self, load: EngineLoad) -> None:
+        for listener in self._listeners:
+            listener(load)
 
     async def _final(self, request: EngineRequest) -> RequestOutput:
         prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
@@ -164,7 +166,7 @@ def engine_version() -> str:
     return "not installed"
 
 
-def _start(spec: EngineSpec, on_step: Callable[[], None]) -> AsyncLLM:
+def _start(spec: EngineSpec, on_step: Callable[[EngineLoad], None]) -> AsyncLLM:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -175,28 +177,55 @@ def _start(spec: EngineSpec, on_step: Callable[[], None]) -> AsyncLLM:
     except (ValueError, TypeError, OSError) as error:
         raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
     try:
-        return AsyncLLM.from_engine_args(engine_args, stat_loggers=[_step_counter(on_step)])
+        return AsyncLLM.from_engine_args(engine_args, stat_loggers=[_load_teller(on_step)])
     except (ValueError, TypeError, OSError) as error:
         raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
     except RuntimeError as error:
         raise EngineError(f"vLLM could not start {spec.model}: {error}") from error
 
 
-def _step_counter(on_step: Callable[[], None]) -> Callable[..., StatLoggerBase]:
-    """A vLLM stat logger that hears of each step: the one sign of life of final-only requests."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
+def _load_teller(on_step: Callable[[EngineLoad], None]) -> Callable[..., StatLoggerBase]:
+    """A vLLM stat logger that passes on each step's load, summed over data-parallel ranks.
 
-    class StepCounter(StatLoggerBase):
+    It stands in for vLLM's Prometheus logger, which takes longer than all else on this loop.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+    class LoadTeller(PrometheusStatLogger):
         def __init__(self, *_: Any, **__: Any) -> None:
-            """Nothing of the engine's configuration matters here."""
+            self._places: dict[int, tuple[int, int]] = {}
 
-        def record(self, *_: Any, **__: Any) -> None:
-            on_step()
+        def record(
+            self,
+            scheduler_stats: SchedulerStats | None,
+            iteration_stats: IterationStats | None,
+            mm_cache_stats: Any = None,
+            engine_idx: int = 0,
+        ) -> None:
+            del mm_cache_stats
+            if scheduler_stats is not None:
+                self._places[engine_idx] = (
+                    scheduler_stats.num_running_reqs,
+                    scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
+                )
+            places = self._places.values()
+            on_step(
+                EngineLoad(
+                    running=sum(running for running, _ in places),
+                    waiting=sum(waiting for _, waiting in places),
+                    finished=len(iteration_stats.finished_requests) if iteration_stats else 0,
+                    preempted=iteration_stats.num_preempted_reqs if iteration_stats else 0,
+                )
+            )
 
         def log_engine_initialized(self) -> None:
             """Nothing to tell."""
 
-    return StepCounter
+        def record_admission_rejection(self, reason: str) -> None:
+            """The request's own error tells."""
+
+    return LoadTeller
 
 
 def _descendants() -> list[psutil.Process]:

@@ -43,12 +43,11 @@ from pipeline.profile import Needs
 from pipeline.read import InputColumns, read_shard
 from pipeline.records import input_block
 from pipeline.redact import configure_logging
+from pipeline.replica import OPEN_SHARDS
 from pipeline.roster import Roster, Snapshot
 
 log = logging.getLogger(__name__)
 
-_SHARDS_PER_REPLICA = 4
-"""Shards a replica works on at a time: while the last rows of one end, others fill the window."""
 _STARTS_PER_REPLICA = 4
 """Starts of a replica's process without one more completed row, after which the run fails."""
 _POLL_S = 0.25
@@ -375,8 +374,8 @@ def _dataset(spec: FlowSpec, shards: Sequence[Shard], roster: Any) -> ray.data.D
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             size=spec.replicas,
-            max_concurrent_calls_per_actor=_SHARDS_PER_REPLICA,
-            max_tasks_in_flight_per_actor=_SHARDS_PER_REPLICA + 1,
+            max_concurrent_calls_per_actor=OPEN_SHARDS,
+            max_tasks_in_flight_per_actor=OPEN_SHARDS + 1,
             enable_true_multi_threading=True,
         ),
         num_cpus=spec.needs.cpus_per_node,

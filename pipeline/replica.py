@@ -1,7 +1,8 @@
 """generate: prepared rows -> outcomes, on one engine, several shards at a time.
 
 In: shards' prepared rows, from several threads. Out: one outcome per sample, in batches as they
-finish. Rows of all shards share one admission window, so that a shard's end is never a barrier.
+finish. Samples of all open shards wait in one backlog (see ``backlog``), and share one admission
+window that follows the engine (see ``admission``), so that a shard's end is never a barrier.
 
 An engine that dies, or stands still, is started again here. The requests that were inside are
 tried again under quarantine (see ``quarantine``); the one that kills engines becomes a record, the
@@ -22,6 +23,8 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from pipeline.admission import AdmissionWindow, EngineLoad
+from pipeline.backlog import Backlog, Waiting, prefix_key
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
@@ -32,6 +35,12 @@ from pipeline.tool_calls import read_calls
 
 log = logging.getLogger(__name__)
 
+OPEN_SHARDS = 8
+"""Shards a replica works on at a time: while the last rows of some end, others fill the window."""
+_PROMPT_TOKENS_PER_STEP = 128
+"""Prompt tokens that take an engine about as long as one decode step, roughly: for an order."""
+_UNBOUNDED_STEPS = 2**16
+"""What a sample without a limit of its own may take."""
 _SHUTDOWN_S = 30.0  # vLLM's processes end within seconds; longer means they hang
 _START_TRIES = 2
 _START_PAUSE_S = 2.0
@@ -46,14 +55,13 @@ _POLL_S = 0.5
 T = TypeVar("T")
 Key = tuple[int, int, int]
 """(shard, input_row, sample_index)"""
+_Waiting = Waiting[tuple["_Work", Key, Prepared]]
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLimits:
     """Bounds of one replica."""
 
-    window: int
-    """Most requests inside the engine at a time."""
     row_timeout_s: float | None = None
     """Seconds one request may take in the engine; None = any."""
     stall_s: float = 300.0
@@ -67,12 +75,18 @@ class ReplicaLimits:
 class Replica:
     """An engine, the requests in flight on it, and its restarts."""
 
-    def __init__(self, start_engine: Callable[[], Engine], limits: ReplicaLimits) -> None:
+    def __init__(
+        self,
+        start_engine: Callable[[], Engine],
+        limits: ReplicaLimits,
+        window: AdmissionWindow | None = None,
+    ) -> None:
         """Start the engine on a new loop and wait until it is ready.
 
         Args:
             start_engine: builds the engine; called on the loop's thread, again after each death.
             limits: bounds of this replica.
+            window: how many requests the engine gets; one that knows nothing yet by default.
 
         Raises:
             EngineError: the engine could not be started.
@@ -82,7 +96,10 @@ class Replica:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        self._window = asyncio.Semaphore(limits.window)
+        self._window = window or AdmissionWindow()
+        self._backlog: Backlog[tuple[_Work, Key, Prepared]] = Backlog(OPEN_SHARDS)
+        self._inside = 0
+        self._most_inside = 0
         self._gate = asyncio.Condition()
         self._quarantine: Quarantine[Key] = Quarantine()
         self._life: _Life | None = None
@@ -123,14 +140,15 @@ class Replica:
         """
         work = _Work(self._limits.flush_rows)
         work.add([i for i in items if isinstance(i, Failure) and i.key not in known])
-        samples = [
-            (item, index)
+        waiting = [
+            Waiting((work, (shard, item.input_row, index), item), prefix, _expected_steps(item))
             for item in items
             if isinstance(item, Prepared)
+            for prefix in (prefix_key(item.token_ids),)
             for index in range(item.sampling.n)
             if (item.input_row, index) not in known
         ]
-        future = asyncio.run_coroutine_threadsafe(self._shard(shard, samples, work), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._shard(work, waiting), self._loop)
         future.add_done_callback(lambda _: work.finish())
         try:
             # After a drain's grace the loop may be busy starting an engine: do not wait for it.
@@ -183,7 +201,7 @@ class Replica:
     # From here on everything runs on the loop.
 
     async def _begin(self) -> None:
-        self._life = _Life(await self._started())
+        self._take_up(await self._started())
         self._spawn(self._watch())
 
     async def _end(self) -> None:
@@ -206,6 +224,7 @@ class Replica:
         raise AssertionError("unreachable")
 
     async def _drained(self, grace_s: float) -> None:
+        self._pump()
         async with self._gate:
             self._gate.notify_all()
         await asyncio.sleep(grace_s)
@@ -213,39 +232,69 @@ class Replica:
             for task in work.tasks:
                 task.cancel()
 
-    async def _shard(
-        self, shard: int, samples: Sequence[tuple[Prepared, int]], work: _Work
-    ) -> None:
+    def _take_up(self, engine: Engine) -> None:
+        life = self._life = _Life(engine)
+
+        def on_step(load: EngineLoad) -> None:
+            life.steps += 1
+            self._window.observe(load, self._inside)
+            self._pump()
+
+        engine.listen(on_step)
+
+    def _pump(self) -> None:
+        """Let waiting samples in, as far as the window allows; under a drain, to be sent back."""
+        while self.draining or self._inside < self._window.limit:
+            chosen = self._backlog.pop()
+            if chosen is None:
+                return
+            work, key, item = chosen
+            if work.closed:
+                continue
+            if self.draining:
+                work.ended(None)
+                continue
+            self._inside += 1
+            self._most_inside = max(self._most_inside, self._inside)
+            task = asyncio.create_task(self._sample(key, item, work))
+            work.tasks.add(task)
+            task.add_done_callback(work.tasks.discard)
+
+    async def _shard(self, work: _Work, waiting: Sequence[_Waiting]) -> None:
         self._works.add(work)
-        work.tasks = [
-            asyncio.create_task(self._sample((shard, item.input_row, index), item, work))
-            for item, index in samples
-        ]
+        ended = work.expect(len(waiting))
+        self._backlog.add(waiting)
+        self._pump()
         try:
-            await asyncio.gather(*work.tasks)
-        except asyncio.CancelledError:
-            if not self.draining:
-                raise
+            await ended
         finally:
             self._works.discard(work)
+            work.closed = True
             for task in work.tasks:
                 task.cancel()
 
     async def _sample(self, key: Key, item: Prepared, work: _Work) -> None:
-        async with self._window:
+        error: Exception | None = None
+        try:
+            outcome = await self._outcome(key, item)
+            if outcome is not None:
+                work.add([outcome])
+        except Exception as failure:  # noqa: BLE001 - the shard's thread raises it
+            error = failure
+        finally:
             try:
-                outcome = await self._outcome(key, item)
-            finally:
                 await self._leave(key)
-        if outcome is not None:
-            work.add([outcome])
+            finally:
+                self._inside -= 1
+                work.ended(error)
+                self._pump()
 
     async def _outcome(self, key: Key, item: Prepared) -> Outcome | None:
         """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
         attempts = 0
         try:
             # Decoding takes milliseconds of CPU: off the loop, and only for rows in the window.
-            images = await asyncio.to_thread(_decode_all, item.images)
+            images = await asyncio.to_thread(_decode_all, item.images) if item.images else ()
             request = _request(key, item, images)
             while (life := await self._admitted(key)) is not None:
                 attempts += 1
@@ -259,7 +308,7 @@ class Replica:
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
                     latency_s = time.monotonic() - started
                     fault = await _fault(item.sampling.structure, output)
-                    calls = () if fault else await asyncio.to_thread(_tool_calls, key, item, output)
+                    calls = () if fault else await _tool_calls(key, item, output)
                     return _completion(key, item, output, latency_s, attempts, fault, calls)
         except RowError as error:
             return _failure(key, item, error, attempts)
@@ -315,7 +364,7 @@ class Replica:
         try:
             life.engine.shutdown()
             self._give_up_on_a_broken_engine(life)
-            self._life = _Life(await self._started())
+            self._take_up(await self._started())
             self.engine_restarts += 1
             log.info("the engine is back (restart %d)", self.engine_restarts)
         except EngineError as error:
@@ -326,7 +375,7 @@ class Replica:
             self._gate.notify_all()
 
     def _give_up_on_a_broken_engine(self, life: _Life) -> None:
-        halvings = math.ceil(math.log2(max(2, self._limits.window)))
+        halvings = math.ceil(math.log2(max(2, self._most_inside)))
         if (
             self._deaths_in_a_row > halvings + _DEATHS_BEYOND_HALVING
             or self._convictions_in_a_row >= _CONVICTIONS_IN_A_ROW
@@ -340,8 +389,8 @@ class Replica:
         while True:
             await asyncio.sleep(self._limits.stall_s / _CHECKS_PER_STALL)
             life = self._life
-            seen = (life, life.engine.progress() if life else 0)
-            if life is None or not life.inside or seen != last:
+            seen = (life, life.steps if life else 0)
+            if life is None or not life.busy or seen != last:
                 last, since = seen, time.monotonic()
             elif time.monotonic() - since > self._limits.stall_s:
                 life.end(EngineError(f"no progress for {self._limits.stall_s:g} s"))
@@ -352,7 +401,12 @@ class _Work:
     """One shard's hand-over from the loop to the thread that waits for it."""
 
     flush_rows: int
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """Of its samples that were let in; on the loop."""
+    closed: bool = False
+    """Whether its samples are no longer wanted; on the loop."""
+    _left: int = 0
+    _ended: asyncio.Future[None] | None = None
     _batch: list[Outcome] = field(default_factory=list)
     _finished: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -361,6 +415,26 @@ class _Work:
     def finished(self) -> bool:
         """Whether nothing more will be added."""
         return self._finished
+
+    def expect(self, samples: int) -> asyncio.Future[None]:
+        """Done once so many samples have ``ended``; on the loop."""
+        self._left = samples
+        self._ended = asyncio.get_running_loop().create_future()
+        self._check_ended(None)
+        return self._ended
+
+    def ended(self, error: Exception | None) -> None:
+        """One more sample has its outcome, or will have none; on the loop."""
+        self._left -= 1
+        self._check_ended(error)
+
+    def _check_ended(self, error: Exception | None) -> None:
+        if self._ended is None or self._ended.done():
+            return
+        if error is not None:
+            self._ended.set_exception(error)
+        elif not self._left:
+            self._ended.set_result(None)
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         with self._changed:
@@ -394,19 +468,27 @@ class _Life:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.inside: dict[Key, None] = {}
+        self.steps = 0
+        """What it has done so far: it stands still only if nothing is done."""
         self.suspects: tuple[Key, ...] = ()
         """Who was inside when it ended."""
         self.convicted: Key | None = None
         self.cause: EngineError | None = None
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._inside: dict[Key, asyncio.Task[Any]] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are inside."""
+        return bool(self._inside)
 
     def end(self, cause: EngineError) -> None:
         """The engine is dead; everyone inside hears of it."""
         if self.cause is None:
             self.cause = cause
-            self.suspects = tuple(self.inside)
-            self._ended.set_result(None)
+            self.suspects = tuple(self._inside)
+            for task in self._inside.values():
+                if task is not asyncio.current_task():  # whoever noticed raises it itself
+                    task.cancel()
 
     async def ask(self, key: Key, request: EngineRequest, timeout_s: float | None) -> EngineOutput:
         """The engine's answer.
@@ -417,29 +499,32 @@ class _Life:
         """
         if self.cause is not None:
             raise self.cause
-        self.inside[key] = None
-        answer = asyncio.ensure_future(self.engine.generate(request))
-        answer.add_done_callback(_retrieve)
+        task = asyncio.current_task()
+        assert task is not None
+        self._inside[key] = task
         try:
-            either: set[asyncio.Future[Any]] = {answer, self._ended}
-            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return answer.result()
-            if self.cause is not None:
-                raise self.cause
-            raise RowError(ErrorCode.TIMEOUT, f"not finished after {timeout_s:g} s")
+            async with asyncio.timeout(timeout_s) as limit:
+                return await self.engine.generate(request)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RowError(ErrorCode.TIMEOUT, f"not finished after {timeout_s:g} s") from None
         except EngineError as error:
             self.end(error)
             raise
+        except asyncio.CancelledError:
+            if self.cause is None:
+                raise
+            task.uncancel()
+            raise self.cause from None
         finally:
-            self.inside.pop(key, None)
-            answer.cancel()
+            self._inside.pop(key, None)
 
 
-def _retrieve(answer: asyncio.Future[EngineOutput]) -> None:
-    """Nobody asks an answer that came after its time; asyncio would complain of its exception."""
-    if not answer.cancelled():
-        answer.exception()
+def _expected_steps(item: Prepared) -> float:
+    """The most decode steps a sample may take, its prompt converted into such."""
+    limit = item.sampling.max_completion_tokens or _UNBOUNDED_STEPS
+    return limit + item.prompt_tokens / _PROMPT_TOKENS_PER_STEP
 
 
 def _request(key: Key, item: Prepared, images: tuple[Image, ...]) -> EngineRequest:
@@ -464,10 +549,10 @@ async def _fault(structure: Structure | None, output: EngineOutput) -> RowError 
     return RowError(ErrorCode.SCHEMA_VIOLATION, wrong) if wrong else None
 
 
-def _tool_calls(key: Key, item: Prepared, output: EngineOutput) -> tuple[ToolCall, ...]:
+async def _tool_calls(key: Key, item: Prepared, output: EngineOutput) -> tuple[ToolCall, ...]:
     if item.sampling.tool_use is None:
         return ()
-    calls = read_calls(item.sampling.tool_use, output.text)
+    calls = await asyncio.to_thread(read_calls, item.sampling.tool_use, output.text)
     return tuple(
         ToolCall(_call_id(key, item, position), call.name, call.arguments)
         for position, call in enumerate(calls)

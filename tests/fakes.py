@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
+from pipeline.admission import EngineLoad
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, ErrorCode, RowError
+
+_STEP_S = 0.005
 
 
 class EchoEngine:
     """Answers each request with a text that depends on the request alone, after ``delay_s``.
 
-    Prompts that hold ``refuse_token`` are refused; ``die_token`` kills the engine, and all requests
-    inside it; ``hang_token`` makes it stand still, ``slow_token`` takes a request for ever.
+    At most ``seats`` requests are at work, the others wait. Prompts that hold ``refuse_token`` are
+    refused; ``die_token`` kills the engine, and all requests inside it; ``hang_token`` makes it
+    stand still, ``slow_token`` takes a request for ever.
     """
 
     def __init__(
         self,
         *,
         delay_s: float = 0.0,
+        seats: int = 64,
         refuse_token: int = -1,
         die_token: int = -1,
         hang_token: int = -1,
@@ -37,7 +43,11 @@ class EchoEngine:
         self.stopped = 0
         self.aborted: list[str] = []
         self.requests: list[EngineRequest] = []
-        self._steps = 0
+        self._seats = asyncio.Semaphore(seats)
+        self._seated = 0
+        self._finished = 0
+        self._on_step: Callable[[EngineLoad], None] | None = None
+        self._next_step: asyncio.TimerHandle | None = None
         self._dead = asyncio.Event()
         self._hung = False
 
@@ -48,8 +58,15 @@ class EchoEngine:
             raise RowError(ErrorCode.ENGINE_REJECTED, "refused")
         self.running += 1
         self.peak = max(self.peak, self.running)
+        self._plan_step()
         try:
-            await self._work(request)
+            async with self._seats:
+                self._seated += 1
+                try:
+                    await self._work(request)
+                finally:
+                    self._seated -= 1
+                    self._finished += 1
         except asyncio.CancelledError:
             self.aborted.append(request.request_id)
             raise
@@ -58,11 +75,22 @@ class EchoEngine:
         text = f"{request.seed}:{len(request.token_ids)}"
         return EngineOutput(text, self.finish_reason, len(request.token_ids), len(text), 0)
 
-    def progress(self) -> int:
-        """Requests answered, and a step per look while there is work, unless the engine hangs."""
-        if not self._hung:
-            self._steps += 1
-        return self._steps
+    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
+        """One listener; steps come while there is work, unless the engine hangs."""
+        self._on_step = on_step
+
+    def _plan_step(self) -> None:
+        if self._next_step is None:
+            self._next_step = asyncio.get_running_loop().call_later(_STEP_S, self._step)
+
+    def _step(self) -> None:
+        self._next_step = None
+        if self._on_step is not None and not self._hung:
+            waiting = self.running - self._seated
+            self._on_step(EngineLoad(self._seated, waiting, self._finished))
+        self._finished = 0
+        if self.running:
+            self._plan_step()
 
     def shutdown(self) -> None:
         """Count the stops."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.admission import AdmissionWindow
 from pipeline.engine import EngineSpec
 from pipeline.errors import ErrorCode
 from pipeline.profile import load_profile
@@ -72,8 +73,8 @@ def engine_cores() -> list[psutil.Process]:
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     start = partial(start_fragile_vllm, spec(), ledger=tmp_path_factory.mktemp("book") / "ledger")
-    limits = ReplicaLimits(window=8, stall_s=4, flush_s=0.2, row_timeout_s=120)
-    replica = Replica(start, limits)
+    limits = ReplicaLimits(stall_s=4, flush_s=0.2, row_timeout_s=120)
+    replica = Replica(start, limits, AdmissionWindow(8, 8))
     yield replica
     replica.shutdown()
 
@@ -130,7 +131,7 @@ def test_a_row_over_its_time_is_aborted_in_the_engine(tmp_path: Path) -> None:
         engines.append(start_fragile_vllm(spec(), ledger=tmp_path / "ledger"))
         return engines[-1]
 
-    replica = Replica(start, ReplicaLimits(window=4, row_timeout_s=0.005))  # a step takes longer
+    replica = Replica(start, ReplicaLimits(row_timeout_s=0.005))  # a step takes longer
     try:
         outcomes = generate(replica, [row(number) for number in range(12)])
         codes = {(o.code, o.attempts) for o in outcomes.values() if isinstance(o, Failure)}

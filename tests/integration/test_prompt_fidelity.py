@@ -147,7 +147,7 @@ def reference(name: str, out: Path) -> dict[str, dict[str, Any]]:
 
 def generate(profile: EngineProfile, rows: list[Prepared]) -> dict[str, Completion]:
     spec = EngineSpec(profile.model, profile.revision, profile.engine_args, profile.env)
-    replica = Replica(partial(VLLMEngine, spec), ReplicaLimits(window=64, row_timeout_s=200))
+    replica = Replica(partial(VLLMEngine, spec), ReplicaLimits(row_timeout_s=200))
     try:
         outcomes = [outcome for batch in replica.generate(0, rows) for outcome in batch]
     finally:

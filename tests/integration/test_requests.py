@@ -50,7 +50,7 @@ VOCABULARY = 272
 @pytest.fixture(scope="module")
 def replica() -> Iterator[Replica]:
     spec = EngineSpec(PROFILE.model, PROFILE.revision, PROFILE.engine_args, PROFILE.env)
-    replica = Replica(partial(VLLMEngine, spec), ReplicaLimits(window=64, flush_s=0.2))
+    replica = Replica(partial(VLLMEngine, spec), ReplicaLimits(flush_s=0.2))
     yield replica
     replica.shutdown()
 

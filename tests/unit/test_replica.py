@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pipeline.admission import AdmissionWindow
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
 from pipeline.records import Completion, Failure, Outcome, Prepared, Status
@@ -51,6 +52,7 @@ def structured(asked: dict[str, Any], number: int = 0) -> Prepared:
 
 
 KILLER = 13
+DEFAULTS = ReplicaLimits()
 
 
 class Engines:
@@ -71,9 +73,13 @@ class Engines:
 
 
 def generate(
-    rows: Sequence[Prepared | Failure], engines: Callable[[], EchoEngine], limits: ReplicaLimits
+    rows: Sequence[Prepared | Failure],
+    engines: Callable[[], EchoEngine],
+    limits: ReplicaLimits = DEFAULTS,
+    *,
+    window: int,
 ) -> list[Outcome]:
-    replica = Replica(engines, limits)
+    replica = Replica(engines, limits, AdmissionWindow(window, window))
     try:
         return [outcome for batch in replica.generate(0, rows) for outcome in batch]
     finally:
@@ -104,7 +110,7 @@ def test_an_answer_without_its_structure_is_errored_and_kept(
     asked: dict[str, Any], finish_reason: str, code: ErrorCode | None
 ) -> None:
     engines = Engines(lambda: EchoEngine(finish_reason=finish_reason))
-    (outcome,) = generate([structured(asked)], engines, ReplicaLimits(window=4))
+    (outcome,) = generate([structured(asked)], engines, window=4)
     assert isinstance(outcome, Completion)
     assert (outcome.code, outcome.text, outcome.attempts) == (code, "0:1", 1)
     assert json.loads(outcome.sampling or "")["structure"]["kind"]
@@ -112,19 +118,21 @@ def test_an_answer_without_its_structure_is_errored_and_kept(
 
 def test_a_cut_answer_without_a_structure_succeeds() -> None:
     engines = Engines(lambda: EchoEngine(finish_reason="length"))
-    (outcome,) = generate([row(0)], engines, ReplicaLimits(window=4))
+    (outcome,) = generate([row(0)], engines, window=4)
     assert (outcome.status, outcome.code) == (Status.SUCCEEDED, None)
 
 
 def test_every_row_and_sample_has_one_outcome() -> None:
     failure = Failure(99, "bad", ErrorCode.INVALID_MESSAGES, "m", seed=1)
-    outcomes = generate([row(1), row(2, n=3), failure], EchoEngine, ReplicaLimits(window=4))
+    outcomes = generate([row(1), row(2, n=3), failure], EchoEngine, window=4)
     assert sorted(o.key for o in outcomes) == [(1, 0), (2, 0), (2, 1), (2, 2), (99, 0)]
 
 
 def test_outcomes_come_while_others_are_still_in_the_engine() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.01, slow_token=66))
-    replica = Replica(engines, ReplicaLimits(window=8, flush_s=0.05, row_timeout_s=0.6))
+    replica = Replica(
+        engines, ReplicaLimits(flush_s=0.05, row_timeout_s=0.6), AdmissionWindow(8, 8)
+    )
     batches = replica.generate(0, [row(1), row(2), row(3, token=66)])
     assert {outcome.input_row for outcome in next(batches)} == {1, 2}
     assert engines.started[0].running == 1
@@ -133,7 +141,8 @@ def test_outcomes_come_while_others_are_still_in_the_engine() -> None:
 
 
 def test_a_batch_is_given_before_its_time_once_it_is_full() -> None:
-    replica = Replica(EchoEngine, ReplicaLimits(window=1, flush_s=60, flush_rows=5))
+    limits = ReplicaLimits(flush_s=60, flush_rows=5)
+    replica = Replica(lambda: EchoEngine(delay_s=0.02), limits, AdmissionWindow(1, 1))
     sizes = [len(batch) for batch in replica.generate(0, [row(i) for i in range(12)])]
     replica.shutdown()
     assert len(sizes) >= 2
@@ -142,7 +151,7 @@ def test_a_batch_is_given_before_its_time_once_it_is_full() -> None:
 
 def test_the_window_bounds_what_is_in_the_engine_over_all_shards() -> None:
     engine = EchoEngine(delay_s=0.005)
-    replica = Replica(lambda: engine, ReplicaLimits(window=5))
+    replica = Replica(lambda: engine, ReplicaLimits(), AdmissionWindow(5, 5))
     rows = [row(number) for number in range(40)]
     threads = [
         threading.Thread(target=lambda shard: list(replica.generate(shard, rows)), args=(shard,))
@@ -159,7 +168,7 @@ def test_the_window_bounds_what_is_in_the_engine_over_all_shards() -> None:
 
 def test_a_refused_row_and_a_corrupt_image_cost_only_themselves() -> None:
     rows = [row(1), row(2, token=66), row(3, images=(png()[:40],)), row(4, images=(png(),))]
-    outcomes = generate(rows, lambda: EchoEngine(refuse_token=66), ReplicaLimits(window=4))
+    outcomes = generate(rows, lambda: EchoEngine(refuse_token=66), window=4)
     assert failures(outcomes) == {2: ErrorCode.ENGINE_REJECTED, 3: ErrorCode.IMAGE_INVALID}
     assert isinstance(by_row(outcomes)[1], Completion)
     assert isinstance(by_row(outcomes)[4], Completion)
@@ -167,8 +176,8 @@ def test_a_refused_row_and_a_corrupt_image_cost_only_themselves() -> None:
 
 def test_a_row_over_its_time_is_aborted_in_the_engine_and_costs_only_itself() -> None:
     engines = Engines(lambda: EchoEngine(slow_token=66))
-    limits = ReplicaLimits(window=2, row_timeout_s=0.2)
-    outcomes = generate([row(1), row(2, token=66), row(3)], engines, limits)
+    limits = ReplicaLimits(row_timeout_s=0.2)
+    outcomes = generate([row(1), row(2, token=66), row(3)], engines, limits, window=2)
     assert failures(outcomes) == {2: ErrorCode.TIMEOUT}
     assert engines.started[0].aborted == ["0-2-0"]
     assert len(engines.started) == 1
@@ -178,7 +187,7 @@ def test_a_row_over_its_time_is_aborted_in_the_engine_and_costs_only_itself() ->
 def test_the_row_that_kills_the_engine_is_found_and_all_others_complete(position: int) -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.01, die_token=KILLER))
     rows = [row(i, token=KILLER if i == position else 1) for i in range(200)]
-    outcomes = by_row(generate(rows, engines, ReplicaLimits(window=64)))
+    outcomes = by_row(generate(rows, engines, window=64))
     fatal = outcomes.pop(position)
     assert isinstance(fatal, Failure)
     assert fatal.code == ErrorCode.ENGINE_FATAL
@@ -192,14 +201,14 @@ def test_the_row_that_kills_the_engine_is_found_and_all_others_complete(position
 def test_several_rows_that_kill_the_engine_are_all_found() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.01, die_token=KILLER))
     rows = [row(i, token=KILLER if i in (3, 4, 60) else 1) for i in range(100)]
-    outcomes = generate(rows, engines, ReplicaLimits(window=16))
+    outcomes = generate(rows, engines, window=16)
     assert failures(outcomes) == dict.fromkeys((3, 4, 60), ErrorCode.ENGINE_FATAL)
     assert len(outcomes) == 100
 
 
 def test_an_engine_that_is_killed_from_outside_costs_no_row() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.3))
-    replica = Replica(engines, ReplicaLimits(window=8, flush_s=0.05))
+    replica = Replica(engines, ReplicaLimits(flush_s=0.05), AdmissionWindow(8, 8))
     killer = threading.Timer(
         0.1, lambda: replica._loop.call_soon_threadsafe(engines.started[0].kill)
     )
@@ -215,7 +224,7 @@ def test_an_engine_that_is_killed_from_outside_costs_no_row() -> None:
 def test_an_engine_that_stands_still_is_started_again() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.01, hang_token=KILLER))
     rows = [row(i, token=KILLER if i == 5 else 1) for i in range(20)]
-    outcomes = generate(rows, engines, ReplicaLimits(window=8, stall_s=0.3))
+    outcomes = generate(rows, engines, ReplicaLimits(stall_s=0.3), window=8)
     assert failures(outcomes) == {5: ErrorCode.ENGINE_FATAL}
     assert "no progress for 0.3 s" in str(by_row(outcomes)[5])
     assert len(outcomes) == 20
@@ -224,7 +233,7 @@ def test_an_engine_that_stands_still_is_started_again() -> None:
 def test_an_engine_that_dies_on_every_row_is_the_replicas_error() -> None:
     engines = Engines(lambda: EchoEngine(die_token=1))
     with pytest.raises(EngineError, match="again and again: died"):
-        generate([row(i) for i in range(50)], engines, ReplicaLimits(window=8))
+        generate([row(i) for i in range(50)], engines, window=8)
     assert len(engines.started) < 40
 
 
@@ -237,12 +246,12 @@ def test_an_engine_that_does_not_come_back_is_the_replicas_error() -> None:
         return engines()
 
     with pytest.raises(EngineError, match="no such device"):
-        generate([row(1), row(2, token=KILLER)], start_once, ReplicaLimits(window=4))
+        generate([row(1), row(2, token=KILLER)], start_once, window=4)
 
 
 def test_a_drain_keeps_what_finishes_in_time_and_leaves_the_rest() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.2, slow_token=66))
-    replica = Replica(engines, ReplicaLimits(window=4, flush_s=5))
+    replica = Replica(engines, ReplicaLimits(flush_s=5), AdmissionWindow(4, 4))
     rows = [row(0), row(1), row(2), row(3, token=66), *(row(i) for i in range(4, 40))]
     threading.Timer(0.1, replica.drain, args=(0.5,)).start()
     started = time.monotonic()
@@ -262,7 +271,7 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
             time.sleep(6)
         return engines()
 
-    replica = Replica(start_slowly_again, ReplicaLimits(window=2, flush_s=0.1))
+    replica = Replica(start_slowly_again, ReplicaLimits(flush_s=0.1), AdmissionWindow(2, 2))
     rows = [row(0), row(1), row(2), row(3, token=KILLER), row(4)]
     threading.Timer(0.5, replica.drain, args=(0.2,)).start()
     started = time.monotonic()
@@ -274,7 +283,7 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
 
 def test_shutdown_stops_the_engine_once() -> None:
     engine = EchoEngine()
-    replica = Replica(lambda: engine, ReplicaLimits(window=1))
+    replica = Replica(lambda: engine, ReplicaLimits(), AdmissionWindow(1, 1))
     replica.shutdown()
     replica.shutdown()
     assert engine.stopped == 1
@@ -286,7 +295,7 @@ def test_an_engine_that_cannot_start_raises_where_the_replica_is_made() -> None:
         raise EngineRefusalError("no such model")
 
     with pytest.raises(EngineError, match="no such model"):
-        Replica(fail, ReplicaLimits(window=1))
+        Replica(fail, ReplicaLimits(), AdmissionWindow(1, 1))
     assert not any(thread.name == "engine" for thread in threading.enumerate())
 
 
@@ -299,7 +308,7 @@ def test_a_start_that_fails_once_is_tried_again() -> None:
             raise EngineError("killed while loading")
         return EchoEngine()
 
-    assert len(generate([row(1)], fail_once, ReplicaLimits(window=1))) == 1
+    assert len(generate([row(1)], fail_once, window=1)) == 1
 
 
 class Talker(EchoEngine):
@@ -315,7 +324,7 @@ class Talker(EchoEngine):
 
 
 def said(text: str, *rows: Prepared) -> list[Completion]:
-    outcomes = generate(rows, lambda: Talker(text), ReplicaLimits(window=2))
+    outcomes = generate(rows, lambda: Talker(text), window=2)
     return [outcome for outcome in by_row(outcomes).values() if isinstance(outcome, Completion)]
 
 

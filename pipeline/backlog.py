@@ -1,0 +1,133 @@
+"""schedule: in which order a replica's waiting samples go to its engine. Pure.
+
+In: the samples of each open shard, as they come. Out: one sample after the other.
+
+Three wishes, and how they are traded:
+
+- *No barrier at a shard's end.* Samples are handed out in waves. A wave takes the older half of the
+  shards that may be open; the younger ones wait, so that while the last rows of a wave run, the
+  next has rows, and its shards' successors are on their way.
+- *The tail.* Within a wave a sample expected to take several times the median is a straggler:
+  stragglers go first, whatever their prefix, as a prefix computed again costs one prefill, and a
+  straggler that starts last leaves the engine empty for its whole length.
+- *The prefix cache.* All others go by prefix: samples that share at least half of their prompt are
+  neighbours, across all shards of the wave, and neighbouring groups share what they can. Within a
+  group, and among samples that share nothing, the longest expected go first, by powers of two, so
+  that rows of about the same length stay in prefix order.
+
+Images are not looked at: rows with images are grouped by their text, and of those with the same
+text the ones that came first go first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Generic, TypeVar
+
+import numpy as np
+
+_STRAGGLER = 4.0
+"""Times the median of a wave's expected lengths beyond which a sample is a straggler."""
+_BYTES_PER_TOKEN = 4
+_LEAST_SHARED_TOKENS = 32
+"""A chat template's own first tokens are shared by all rows, and cost next to nothing."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting(Generic[T]):
+    """A sample that waits for the engine."""
+
+    sample: T
+    prefix: bytes
+    """The prompt as ``prefix_key`` gives it."""
+    expected: float
+    """How long it may take, in decode steps."""
+
+
+def prefix_key(token_ids: Sequence[int]) -> bytes:
+    """Prompt tokens in a form that sorts by common prefixes, fast."""
+    return np.asarray(token_ids, np.int32).tobytes()
+
+
+class Backlog(Generic[T]):
+    """The samples of a replica's open shards that wait for the engine."""
+
+    def __init__(self, open_shards: int) -> None:
+        """Args:
+        open_shards: most shards that are open at a time.
+        """
+        self._shards_per_wave = max(1, open_shards // 2)
+        self._shards: deque[list[Waiting[T]]] = deque()
+        self._wave: deque[T] = deque()
+        self._last_prefix = b""
+
+    def __len__(self) -> int:
+        """Samples that wait."""
+        return len(self._wave) + sum(map(len, self._shards))
+
+    def add(self, samples: Sequence[Waiting[T]]) -> None:
+        """Take in the samples of one shard, in input order."""
+        if samples:
+            self._shards.append(list(samples))
+
+    def pop(self) -> T | None:
+        """The sample to go next; None if none waits."""
+        if not self._wave:
+            self._next_wave()
+        return self._wave.popleft() if self._wave else None
+
+    def _next_wave(self) -> None:
+        count = min(self._shards_per_wave, len(self._shards))
+        wave = [item for _ in range(count) for item in self._shards.popleft()]
+        if wave:
+            ordered = _ordered(wave, self._last_prefix)
+            self._last_prefix = ordered[-1].prefix
+            self._wave.extend(item.sample for item in ordered)
+
+
+def _ordered(wave: Sequence[Waiting[T]], last_prefix: bytes) -> list[Waiting[T]]:
+    limit = _STRAGGLER * median_low(item.expected for item in wave)
+    stragglers = [item for item in wave if item.expected > limit]
+    stragglers.sort(key=lambda item: (-item.expected, item.prefix))
+    others = [item for item in wave if item.expected <= limit]
+    groups = _groups(others)
+    first = _hottest(groups, last_prefix)
+    grouped = [item for group in groups[first:] + groups[:first] for item in _longest_first(group)]
+    in_groups = set(map(id, grouped))
+    alone = [item for item in others if id(item) not in in_groups]
+    return [*stragglers, *grouped, *_longest_first(alone)]
+
+
+def _groups(items: Sequence[Waiting[T]]) -> list[list[Waiting[T]]]:
+    """Those of ``items`` that share half of their prompt with another, in order of prefix."""
+    groups: list[list[Waiting[T]]] = []
+    for item in sorted(items, key=lambda item: item.prefix):
+        if groups and _share_half(groups[-1][-1].prefix, item.prefix):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return [group for group in groups if len(group) > 1]
+
+
+def _share_half(one: bytes, other: bytes) -> bool:
+    tokens = min(len(one), len(other)) // _BYTES_PER_TOKEN
+    size = max(_LEAST_SHARED_TOKENS, math.ceil(tokens / 2)) * _BYTES_PER_TOKEN
+    return len(one) >= size <= len(other) and one[:size] == other[:size]
+
+
+def _hottest(groups: Sequence[Sequence[Waiting[T]]], last_prefix: bytes) -> int:
+    """The group to begin with: the one that the wave before ended with, else the first."""
+    for number, group in enumerate(groups):
+        if _share_half(group[0].prefix, last_prefix):
+            return number
+    return 0
+
+
+def _longest_first(items: Sequence[Waiting[T]]) -> list[Waiting[T]]:
+    return sorted(items, key=lambda item: -math.frexp(item.expected)[1])

@@ -1,15 +1,18 @@
 """The engine: one copy of the model, answering one request at a time, many at once.
 
-In: ``EngineRequest`` (token ids, decoded images, parameters, seed). Out: ``EngineOutput``. Replicas
+In: ``EngineRequest`` (token ids, encoded images, parameters, seed). Out: ``EngineOutput``. Replicas
 know the ``Engine`` protocol only; ``VLLMEngine`` is the one place that imports vLLM. Written for
 and run with vLLM 0.32; its API is used through ``AsyncLLM`` and ``SamplingParams`` alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,13 +21,13 @@ import psutil
 
 from pipeline.admission import EngineLoad
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
+from pipeline.images import decode
 from pipeline.profile import locate_model
 from pipeline.records import TokenLogprob, TopLogprob
 from pipeline.sampling import Sampling
 from pipeline.structured import Structure, StructureKind
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from vllm import SamplingParams
     from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
+_RENDERED_AT_ONCE = 8
+"""Requests with images per hand-over to the rendering thread: the first wait for the last."""
 _REAP_S = 5.0  # SIGKILL acts at once; more is a process stuck in the kernel
 
 
@@ -42,7 +47,8 @@ class EngineRequest:
     request_id: str
     token_ids: list[int]
     """Prompt tokens with one image token per image."""
-    images: tuple[Image, ...]
+    images: tuple[bytes, ...]
+    """Encoded, in the order of the prompt's image tokens."""
     sampling: Sampling
     seed: int
 
@@ -69,7 +75,8 @@ class Engine(Protocol):
         """Complete one request.
 
         Raises:
-            RowError: the engine refuses this request; others are not affected.
+            RowError: the engine refuses this request, or cannot read an image of it; others are
+                not affected.
             EngineError: the engine is dead.
         """
 
@@ -110,6 +117,7 @@ class VLLMEngine:
             _reap(set(_descendants()) - before)
             raise
         self._processes = set(_descendants()) - before
+        self._renderer = _Renderer(self._llm.renderer.render_cmpl)
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
@@ -134,6 +142,7 @@ class VLLMEngine:
     def shutdown(self) -> None:
         """See ``Engine.shutdown``. What vLLM leaves of a dead engine (it holds memory) ends too."""
         try:
+            self._renderer.shutdown()
             self._llm.shutdown()
         finally:
             _reap(self._processes)
@@ -143,17 +152,82 @@ class VLLMEngine:
             listener(load)
 
     async def _final(self, request: EngineRequest) -> RequestOutput:
-        prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
         params = _sampling_params(request.sampling, request.seed)
-        (rendered,) = await self._llm.renderer.render_cmpl_async([prompt])
+        rendered = await self._renderer.render(request)
         final: RequestOutput | None = None
         async for output in self._llm.generate(rendered, params, request.request_id):
             final = output
         if final is None or not final.finished:
             raise EngineError(f"the engine gave no final output for {request.request_id}")
         return final
+
+
+class _Renderer:
+    """Turns requests into vLLM's input: images decoded and cut into tiles, off the loop.
+
+    A thread of its own takes all requests that wait, so that a row costs a fraction of a hand-over
+    between threads. One thread: vLLM's processors and their caches are made for one.
+    """
+
+    def __init__(self, render: Callable[[list[dict[str, Any]]], list[Any]]) -> None:
+        self._render = render
+        self._thread = ThreadPoolExecutor(1, "render")
+        self._waiting: deque[tuple[EngineRequest, asyncio.Future[Any]]] = deque()
+        self._work: asyncio.Task[None] | None = None
+
+    async def render(self, request: EngineRequest) -> Any:
+        """The request as ``AsyncLLM.generate`` takes it.
+
+        Raises:
+            RowError: an image cannot be decoded.
+        """
+        if not request.images:
+            return self._rendered(request)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._work is None:
+            self._work = asyncio.create_task(self._work_off())
+        return await future
+
+    def shutdown(self) -> None:
+        """Render no more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _work_off(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            count = min(_RENDERED_AT_ONCE, len(self._waiting))
+            batch = [self._waiting.popleft() for _ in range(count)]
+            wanted = [(request, future) for request, future in batch if not future.done()]
+            results = await loop.run_in_executor(
+                self._thread, self._rendered_all, [request for request, _ in wanted]
+            )
+            for (_, future), result in zip(wanted, results, strict=True):
+                if future.done():  # cancelled
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+        self._work = None
+
+    def _rendered_all(self, requests: Sequence[EngineRequest]) -> list[Any]:
+        """Per request its input, or what is wrong with it."""
+        results: list[Any] = []
+        for request in requests:
+            try:
+                results.append(self._rendered(request))
+            except Exception as error:  # noqa: BLE001 - raised where the request waits
+                results.append(error)
+        return results
+
+    def _rendered(self, request: EngineRequest) -> Any:
+        prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
+        if request.images:
+            images = [decode(data) for data in request.images]
+            prompt["multi_modal_data"] = {"image": images}
+        (rendered,) = self._render([prompt])
+        return rendered
 
 
 def engine_version() -> str:

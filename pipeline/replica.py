@@ -21,13 +21,10 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from PIL.Image import Image
-
 from pipeline.admission import AdmissionWindow, EngineLoad
 from pipeline.backlog import Backlog, Waiting, prefix_key
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
-from pipeline.images import decode
 from pipeline.quarantine import Quarantine
 from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey, ToolCall
 from pipeline.structured import Structure, is_closed, violation
@@ -293,9 +290,7 @@ class Replica:
         """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
         attempts = 0
         try:
-            # Decoding takes milliseconds of CPU: off the loop, and only for rows in the window.
-            images = await asyncio.to_thread(_decode_all, item.images) if item.images else ()
-            request = _request(key, item, images)
+            request = _request(key, item)
             while (life := await self._admitted(key)) is not None:
                 attempts += 1
                 started = time.monotonic()
@@ -527,12 +522,12 @@ def _expected_steps(item: Prepared) -> float:
     return limit + item.prompt_tokens / _PROMPT_TOKENS_PER_STEP
 
 
-def _request(key: Key, item: Prepared, images: tuple[Image, ...]) -> EngineRequest:
+def _request(key: Key, item: Prepared) -> EngineRequest:
     shard, row, index = key
     return EngineRequest(
         request_id=f"{shard}-{row}-{index}",
         token_ids=list(item.token_ids),
-        images=images,
+        images=item.images,
         sampling=item.sampling,
         seed=item.seeds[index],
     )
@@ -617,7 +612,3 @@ def _fatal(attempts: int, life: _Life) -> RowError:
         ErrorCode.ENGINE_FATAL,
         f"{attempts} engines died with this request inside, the last with no other: {life.cause}",
     )
-
-
-def _decode_all(images: tuple[bytes, ...]) -> tuple[Image, ...]:
-    return tuple(decode(data) for data in images)

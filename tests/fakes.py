@@ -9,6 +9,7 @@ from contextlib import suppress
 from pipeline.admission import EngineLoad
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, ErrorCode, RowError
+from pipeline.images import decode
 
 _STEP_S = 0.005
 
@@ -56,6 +57,8 @@ class EchoEngine:
         self.requests.append(request)
         if self.refuse_token in request.token_ids:
             raise RowError(ErrorCode.ENGINE_REJECTED, "refused")
+        for image in request.images:
+            decode(image)
         self.running += 1
         self.peak = max(self.peak, self.running)
         self._plan_step()

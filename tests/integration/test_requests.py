@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
@@ -60,7 +61,7 @@ def replica() -> Iterator[Replica]:
 
 
 def run(
-    replica: Replica, *requests: Mapping[str, Any], prompt: str = "Say it."
+    replica: Replica, *requests: Mapping[str, Any], prompts: Iterable[str] = repeat("Say it.")
 ) -> list[list[Outcome]]:
     """The samples of each request, in order."""
     model = ModelSpec.from_engine_args(PROFILE.model, PROFILE.revision, PROFILE.engine_args)
@@ -73,7 +74,10 @@ def run(
         max_image_pixels=10**6,
         fetcher=ImageFetcher("file:///nowhere", 10**6, 4),
     )
-    rows = [{"prompt": prompt, "sampling": json.dumps(given)} for given in requests]
+    rows = [
+        {"prompt": prompt, "sampling": json.dumps(given)}
+        for prompt, given in zip(prompts, requests, strict=False)
+    ]
     shard = Shard(0, "file:///nowhere/in.parquet", 0, len(rows))
     items = read_prepared(prepare_block(input_block(shard, pa.Table.from_pylist(rows)), spec=spec))
     outcomes = [outcome for batch in replica.generate(0, items) for outcome in batch]
@@ -206,13 +210,11 @@ def test_samples_of_one_row_have_a_seed_each_that_makes_them_again(replica: Repl
 
 
 def test_a_prompt_that_is_read_in_several_steps_draws_the_same_tokens(replica: Replica) -> None:
-    """Alone it fits into one step; of thirty most do not, and their first draws are thrown away."""
-    prompt = "Say it again. " * (STEP_TOKENS * 3 // 4 // len("Say it again. "))
+    """Of thirty most do not fit into one step, and their first draws are thrown away; one does."""
+    prompts = [f"{seed}: " + "Say it again. " * (STEP_TOKENS // 19) for seed in range(30)]
     wild = {"temperature": 2, "structured_outputs": {"regex": "[a-z]{20}"}}
-    alone = [
-        completions(run(replica, {**wild, "seed": seed}, prompt=prompt)[0])[0].text
-        for seed in range(3)
-    ]
-    together = run(replica, *[{**wild, "seed": seed} for seed in range(30)], prompt=prompt)
-    assert [completions(samples)[0].text for samples in together][:3] == alone
+    together = run(replica, *[{**wild, "seed": seed} for seed in range(30)], prompts=prompts)
+    for seed in range(5):
+        alone = run(replica, {**wild, "seed": seed}, prompts=[prompts[seed]])
+        assert completions(alone[0])[0].text == completions(together[seed])[0].text
     assert replica.engine_restarts == 0

@@ -8,7 +8,7 @@ found here and costs that row only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,20 @@ class _Parsed:
     """What the chat template tells the model of."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A row whose prompt is text, to be tokenized with those of the other rows."""
+
+    parsed: _Parsed
+    images: tuple[bytes, ...]
+    text: str
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the tokenizer's special tokens are added; a chat template writes its own."""
+        return isinstance(self.parsed.chat, RawPrompt)
+
+
 def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     """One shard's prepared block; row order and count are kept.
 
@@ -99,10 +113,11 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
         for source in item.chat.images
         if isinstance(source, str)
     )
-    items = [
-        item if isinstance(item, Failure) else _prepare(item, images, prompts, spec)
+    rendered = [
+        item if isinstance(item, Failure) else _render(item, images, prompts, spec)
         for item in parsed
     ]
+    items = _tokenized(rendered, prompts, spec)
     return prepared_block(shard, items, carried(block, spec.columns))
 
 
@@ -235,29 +250,59 @@ def _row_error(error: Exception, custom_id: str) -> RowError:
     return RowError(ErrorCode.INTERNAL_ERROR, message)
 
 
-def _prepare(
+def _render(
     item: _Parsed, fetched: Mapping[str, Fetched], prompts: PromptFormat, spec: PrepareSpec
-) -> Prepared | Failure:
-    image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
+) -> _Rendered | Failure:
     try:
         prompts.check_token_ids(item.sampling.logit_bias)
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
-        token_ids = _tokenize(item, prompts)
+        if isinstance(item.chat, RawPrompt):
+            prompts.check_size(item.chat.text)
+            return _Rendered(item, images, item.chat.text)
+        return _Rendered(item, images, prompts.render(item.chat.messages, item.tools))
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        return _failure(item, error)
+
+
+def _tokenized(
+    items: Sequence[_Rendered | Failure], prompts: PromptFormat, spec: PrepareSpec
+) -> list[Prepared | Failure]:
+    """``items`` with their texts tokenized together, apart by whether special tokens are added."""
+    rendered = [item for item in items if isinstance(item, _Rendered)]
+    ids = {
+        kind: iter(_encode([r.text for r in rendered if r.is_raw is kind], prompts, special=kind))
+        for kind in (False, True)
+    }
+    return [
+        item if isinstance(item, Failure) else _prepare(item, next(ids[item.is_raw]), prompts, spec)
+        for item in items
+    ]
+
+
+def _encode(
+    texts: list[str], prompts: PromptFormat, *, special: bool
+) -> list[list[int] | Exception]:
+    """Each text's token ids, or why it has none: one that cannot be tokenized fails alone."""
+    try:
+        return list(prompts.encode(texts, special_tokens=special))
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        if len(texts) == 1:
+            return [error]
+        return [ids for text in texts for ids in _encode([text], prompts, special=special)]
+
+
+def _prepare(
+    rendered: _Rendered, ids: list[int] | Exception, prompts: PromptFormat, spec: PrepareSpec
+) -> Prepared | Failure:
+    item, images = rendered.parsed, rendered.images
+    image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
+    try:
+        token_ids = _checked_ids(ids)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
     except Exception as error:  # noqa: BLE001 - told apart in _row_error
-        failed = _row_error(error, item.custom_id)
-        return Failure(
-            item.row,
-            item.custom_id,
-            failed.code,
-            failed.message,
-            item.seeds[0],
-            prompt_tokens=prompt_tokens,
-            image_tokens=image_tokens,
-            sampling=item.sampling.model_dump_json(),
-        )
+        return _failure(item, error, prompt_tokens=prompt_tokens, image_tokens=image_tokens)
     return Prepared(
         input_row=item.row,
         custom_id=item.custom_id,
@@ -270,10 +315,26 @@ def _prepare(
     )
 
 
-def _tokenize(item: _Parsed, prompts: PromptFormat) -> list[int]:
-    if isinstance(item.chat, RawPrompt):
-        return prompts.tokenize_raw(item.chat.text)
-    return prompts.tokenize(item.chat.messages, item.tools)
+def _checked_ids(ids: list[int] | Exception) -> list[int]:
+    if isinstance(ids, Exception):
+        raise ids
+    return ids
+
+
+def _failure(
+    item: _Parsed, error: Exception, *, prompt_tokens: int = 0, image_tokens: int = 0
+) -> Failure:
+    failed = _row_error(error, item.custom_id)
+    return Failure(
+        item.row,
+        item.custom_id,
+        failed.code,
+        failed.message,
+        item.seeds[0],
+        prompt_tokens=prompt_tokens,
+        image_tokens=image_tokens,
+        sampling=item.sampling.as_json,
+    )
 
 
 def _seeds(custom_id: str, own: int | None, samples: int, spec: PrepareSpec) -> tuple[int, ...]:

@@ -505,7 +505,7 @@ def _completion(
         attempts=attempts,
         logprobs=output.logprobs,
         tool_calls=calls,
-        sampling=item.sampling.model_dump_json(),
+        sampling=item.sampling.as_json,
         code=fault.code if fault else None,
         message=fault.message if fault else None,
     )
@@ -523,7 +523,7 @@ def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failur
         attempts=attempts,
         prompt_tokens=item.prompt_tokens,
         image_tokens=item.image_tokens,
-        sampling=item.sampling.model_dump_json(),
+        sampling=item.sampling.as_json,
     )
 
 

@@ -269,7 +269,7 @@ def prepared_block(
 
 def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
     """The inverse of ``prepared_block`` (without the carried columns)."""
-    rows = block.drop_columns(["shard", "carried"]).to_pylist()
+    rows = block.select([name for name, _ in _PREPARED_FIELDS if name != "shard"]).to_pylist()
     asked = {row["sampling"] for row in rows if row["error_code"] is None}
     sampling = {text: Sampling.model_validate_json(text) for text in asked}
     return [

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from PIL.Image import Image
 
+from pipeline.cpu import Meter, Step, thread_laps
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
@@ -92,6 +93,9 @@ class Replica:
         self._background: set[asyncio.Task[None]] = set()
         self._deaths_in_a_row = 0
         self._convictions_in_a_row = 0
+        self.cpu = Meter()
+        """What this process spends, by step."""
+        self._loop_cpu = thread_laps(self._thread)
         self.engine_restarts = 0
         """Times the engine was started again."""
         try:
@@ -143,6 +147,10 @@ class Replica:
                 future.result()
         finally:
             future.cancel()
+
+    def take_cpu(self) -> dict[str, float]:
+        """CPU seconds of this process by step since the last call."""
+        return self.cpu.take({Step.ENGINE: self._loop_cpu})
 
     def drain(self, grace_s: float) -> None:
         """Admit no more requests; those inside may finish for ``grace_s`` seconds. Not undone."""
@@ -245,7 +253,7 @@ class Replica:
         attempts = 0
         try:
             # Decoding takes milliseconds of CPU: off the loop, and only for rows in the window.
-            images = await asyncio.to_thread(_decode_all, item.images)
+            images = await asyncio.to_thread(self._decode_all, item.images)
             request = _request(key, item, images)
             while (life := await self._admitted(key)) is not None:
                 attempts += 1
@@ -288,6 +296,10 @@ class Replica:
                 self._gate.notify_all()
         else:
             self._quarantine.ended(key)
+
+    def _decode_all(self, images: tuple[bytes, ...]) -> tuple[Image, ...]:
+        with self.cpu.counts(Step.RENDER):
+            return tuple(decode(data) for data in images)
 
     def _is_fatal(self, life: _Life, key: Key) -> bool:
         """The engine died with ``key`` inside: is it the one that kills engines?
@@ -532,7 +544,3 @@ def _fatal(attempts: int, life: _Life) -> RowError:
         ErrorCode.ENGINE_FATAL,
         f"{attempts} engines died with this request inside, the last with no other: {life.cause}",
     )
-
-
-def _decode_all(images: tuple[bytes, ...]) -> tuple[Image, ...]:
-    return tuple(decode(data) for data in images)

@@ -20,6 +20,8 @@ import pyarrow as pa
 class Step(StrEnum):
     """What CPU time was spent on."""
 
+    START = "start"
+    """A process's first look at the model's small files, and the imports for it."""
     READ = "read"
     PREPARE = "prepare"
     QUEUE = "queue"
@@ -35,7 +37,9 @@ class Step(StrEnum):
 
 
 _COLUMN = "cpu_s"
-_TYPE = pa.struct([(step, pa.float64()) for step in (Step.READ, Step.PREPARE, Step.RAY)])
+_TYPE = pa.struct(
+    [(step, pa.float64()) for step in (Step.START, Step.READ, Step.PREPARE, Step.RAY)]
+)
 
 
 class Laps:

@@ -38,6 +38,7 @@ from pipeline.cpu import Laps, Step, added, block_cpu, with_cpu
 from pipeline.duplicates import Duplicates
 from pipeline.errors import CapacityError, EngineError, PipelineError
 from pipeline.expire import expire_shard
+from pipeline.model import load_prompt_format
 from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
@@ -363,9 +364,11 @@ def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
 
 def _prepare(block: pa.Table, spec: PrepareSpec) -> pa.Table:
     configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
-    between = _task_cpu.lap()
+    spent = {Step.RAY: _task_cpu.lap()}
+    load_prompt_format(spec.model)
+    spent[Step.START] = _task_cpu.lap()
     prepared = prepare_block(block, spec=spec)
-    spent = {Step.PREPARE: _task_cpu.lap(), Step.RAY: between}
+    spent[Step.PREPARE] = _task_cpu.lap()
     return with_cpu(prepared, added(block_cpu(block), spent))
 
 

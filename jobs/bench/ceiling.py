@@ -126,7 +126,9 @@ def _cost(workload: Workload, rows: int, folder: Path, _out: Path) -> dict[str, 
 def cpu_per_1000(small: Run, large: Run) -> dict[str, Any]:
     """CPU seconds per 1,000 rows: each step's, the processes without steps, and the whole."""
     steps = _slope(small, large, small.report_cpu_s, large.report_cpu_s)
+    start = steps.pop(Step.START)  # once per process: no cost of rows
     processes = _slope(small, large, small.cpu_s, large.cpu_s)
+    processes["workers"] -= start
     whole = sum(processes.values())
     outside = {kind: processes.get(kind, 0.0) for kind in ("driver", "ray services")}
     known = sum(steps.values()) + sum(outside.values())
@@ -190,7 +192,7 @@ def _memory(workload: Workload, rows: int, folder: Path, out: Path) -> dict[str,
 
 def _plot(run: Run, kinds: Sequence[str], target: Path) -> None:
     """The run's memory by kind of process over time, as an SVG."""
-    from matplotlib.figure import Figure  # of the bench extra
+    from matplotlib.figure import Figure  # a benchmark's own dependency
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -37,9 +37,8 @@ class Step(StrEnum):
 
 
 _COLUMN = "cpu_s"
-_TYPE = pa.struct(
-    [(step, pa.float64()) for step in (Step.START, Step.READ, Step.PREPARE, Step.RAY)]
-)
+_BEFORE_REPLICA = (Step.START, Step.READ, Step.PREPARE, Step.RAY)
+_TYPE = pa.struct([(step, pa.float64()) for step in _BEFORE_REPLICA])
 
 
 class Laps:

@@ -8,7 +8,7 @@ found here and costs that row only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,34 @@ class _Parsed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """The parameters of a row."""
+
+    own: SamplingDefaults
+    resolved: Sampling
+
+
+class _Parameters:
+    """Parameters of a block's rows, parsed and resolved once per distinct value."""
+
+    def __init__(self, defaults: SamplingDefaults) -> None:
+        self._defaults = defaults
+        self._known: dict[str, _Asked] = {}
+
+    def of(self, given: Any, parse: Callable[[Any], SamplingDefaults]) -> _Asked:
+        """What ``given``, a row's own, comes to.
+
+        Raises:
+            RowError: ``invalid_parameter``.
+        """
+        key = repr(given)  # tells apart all that JSON and Arrow know, 1, 1.0, "1" and true too
+        if key not in self._known:
+            own = parse(given)
+            self._known[key] = _Asked(own, resolve(self._defaults, own))
+        return self._known[key]
+
+
+@dataclass(frozen=True, slots=True)
 class _Rendered:
     """A row whose prompt is text, to be tokenized with those of the other rows."""
 
@@ -102,8 +130,9 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     prompts = load_prompt_format(spec.model)
     shard = block_shard(block)
     rows = _input_rows(block, spec.columns)
+    parameters = _Parameters(spec.sampling)
     parsed = [
-        _parse(number, row, earlier, spec, shard.uri)
+        _parse(number, row, earlier, spec, shard.uri, parameters)
         for (number, row), earlier in zip(rows, read_first_uses(block), strict=True)
     ]
     images = spec.fetcher.fetch(
@@ -124,10 +153,11 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
 def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
     """An ``expired`` record for each sample of an input block; nothing is judged or fetched."""
     uri = block_shard(block).uri
+    parameters = _Parameters(spec.sampling)
     return [
         expired
         for number, row in _input_rows(block, spec.columns)
-        for expired in _expired(_parse(number, row, None, spec, uri))
+        for expired in _expired(_parse(number, row, None, spec, uri, parameters))
     ]
 
 
@@ -193,6 +223,7 @@ def _parse(
     earlier: FirstUse | None,
     spec: PrepareSpec,
     input_file: str,
+    parameters: _Parameters,
 ) -> _Parsed | Failure:
     line = read_line(row["line"]) if is_jsonl(input_file) else None
     given = line.custom_id if line else row.get("custom_id")
@@ -201,8 +232,8 @@ def _parse(
     try:
         if earlier is not None:
             raise _duplicate(custom_id, earlier)
-        chat, own = _request(row, line, spec)
-        sampling = resolve(spec.sampling, own)
+        chat, asked = _request(row, line, spec, parameters)
+        own, sampling = asked.own, asked.resolved
         if len(chat.images) > spec.max_images:
             raise RowError(
                 ErrorCode.INVALID_MESSAGES,
@@ -220,17 +251,17 @@ def _parse(
 
 
 def _request(
-    row: Mapping[str, Any], line: BatchLine | None, spec: PrepareSpec
-) -> tuple[Chat | RawPrompt, SamplingDefaults]:
-    """What a row, or a line of JSONL, asks for, and its own parameters."""
+    row: Mapping[str, Any], line: BatchLine | None, spec: PrepareSpec, parameters: _Parameters
+) -> tuple[Chat | RawPrompt, _Asked]:
+    """What a row, or a line of JSONL, asks for, and its parameters."""
     if line:
         request = line.request(spec.model_names)
-        return request.chat, parse_json_sampling(request.parameters)
+        return request.chat, parameters.of(request.parameters, parse_json_sampling)
     for name, value in row.items():
         if isinstance(value, UnicodeDecodeError):
             raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
-    own = parse_row_sampling(row.get("sampling"))
-    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), own
+    asked = parameters.of(row.get("sampling"), parse_row_sampling)
+    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), asked
 
 
 def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:

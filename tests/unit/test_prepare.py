@@ -402,6 +402,16 @@ def test_a_template_that_wants_strings_gets_a_turns_texts_line_by_line(tmp_path:
     assert bytes(prompts.tokenize([{"role": "user", "content": parts}])) == b"<user>a\nb"
 
 
+def test_parameters_that_only_look_alike_are_told_apart(tmp_path: Path) -> None:
+    values = ['{"temperature": 1}', '{"temperature": "1"}', '{"temperature": true}', None]
+    rows = [{"prompt": "a", "sampling": value} for value in [*values, *values]]
+    items = prepare(tmp_path, rows)
+    for one, text, true, nothing in (items[:4], items[4:]):
+        assert good(one).sampling.temperature == 1.0
+        assert code(text) == code(true) == "invalid_parameter"
+        assert good(nothing).sampling.temperature == 0.5
+
+
 def test_a_prompt_that_cannot_be_tokenized_is_its_own_rows_error(tmp_path: Path) -> None:
     folder = without_tools(tmp_path)
     (folder / "chat_template.jinja").write_text(

@@ -43,6 +43,8 @@ _JPEG_SIDES = (512, 384)  # pixels
 _DISTINCT_IMAGES = 32
 _WORDS = ("the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as")
 _MIB = 2**20
+_TASKS = ("ray::IDLE", "ray::Read")
+"""How the titles of processes begin that read and prepare: Ray's actors have their class's name."""
 _WARM_UP = 0.25
 """Share of a memory run after which memory should no longer grow."""
 
@@ -284,12 +286,12 @@ def _family(root: psutil.Process) -> list[psutil.Process]:
 
 def _kind(process: psutil.Process, driver: int) -> str:
     """Which part a process has, by the title Ray gives it."""
-    if process.pid == driver:
-        return "driver"
     title = " ".join(process.cmdline())
+    if process.pid == driver or title.startswith("ray::Roster"):
+        return "driver"
     if "ReplicaActor" in title:
         return "replica"
-    return "workers" if title.startswith("ray::") and "Roster" not in title else "ray services"
+    return "workers" if title.startswith(_TASKS) else "ray services"
 
 
 def write_rows(workload: Workload, rows: int, folder: Path) -> None:

@@ -294,8 +294,7 @@ def input_columns(block: pa.Table) -> pa.Table:
 
 
 def _from_struct(chunked: pa.ChunkedArray) -> pa.Table:
-    column = chunked.combine_chunks()
-    struct = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    struct = _one_array(chunked)
     names = [field.name for field in struct.type]
     return pa.table({name: struct.field(i) for i, name in enumerate(names)})
 
@@ -440,6 +439,8 @@ def _to_struct(table: pa.Table, rows: int) -> pa.Array:
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)  # combining would copy the images
     combined = column.combine_chunks()
     if isinstance(combined, pa.ChunkedArray):
         if combined.num_chunks != 1:

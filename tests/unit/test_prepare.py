@@ -403,10 +403,10 @@ def test_a_template_that_wants_strings_gets_a_turns_texts_line_by_line(tmp_path:
 
 
 def test_parameters_that_only_look_alike_are_told_apart(tmp_path: Path) -> None:
-    values = ['{"temperature": 1}', '{"temperature": "1"}', '{"temperature": true}', None]
+    values = [None, "None", '{"temperature": 1}', '{"temperature": true}']
     rows = [{"prompt": "a", "sampling": value} for value in [*values, *values]]
     items = prepare(tmp_path, rows)
-    for one, text, true, nothing in (items[:4], items[4:]):
+    for nothing, text, one, true in (items[:4], items[4:]):
         assert good(one).sampling.temperature == 1.0
         assert code(text) == code(true) == "invalid_parameter"
         assert good(nothing).sampling.temperature == 0.5

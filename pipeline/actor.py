@@ -24,6 +24,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline.commit import Destination, PartStats, commit_outcomes, committed_stats
+from pipeline.cpu import Step, added, block_cpu
 from pipeline.engine import Engine, EngineSpec
 from pipeline.errors import EngineError
 from pipeline.journal import Journal
@@ -99,23 +100,28 @@ class ReplicaActor:
                 return done
             started = time.monotonic()
             journal = Journal(to, shard)
-            items = read_prepared(block)
-            known = {outcome.key: outcome for outcome in journal.read()}
+            cpu = self._replica.cpu
+            with cpu.counts(Step.QUEUE):
+                items = read_prepared(block)
+            with cpu.counts(Step.JOURNAL):
+                known = {outcome.key: outcome for outcome in journal.read()}
             try:
                 outcomes = self._complete(shard, items, journal, known)
             except EngineError as error:
                 self._end_process(error)
             if len(outcomes) < len(_keys(items)):
                 return None
-            stats = commit_outcomes(
-                to,
-                shard,
-                outcomes,
-                carried_columns(block),
-                seconds=time.monotonic() - started,
-                known=known.keys() & _keys(items),
-            )
-            journal.clear()
+            with cpu.counts(Step.COMMIT):
+                stats = commit_outcomes(
+                    to,
+                    shard,
+                    outcomes,
+                    carried_columns(block),
+                    seconds=time.monotonic() - started,
+                    known=known.keys() & _keys(items),
+                    cpu_s=added(block_cpu(block), self._replica.take_cpu()),
+                )
+                journal.clear()
             return stats
 
     def _complete(
@@ -133,7 +139,8 @@ class ReplicaActor:
             outcomes += batch
             self._open.count(shard.index, batch)
             if len(outcomes) < len(wanted):
-                journal.append([outcome for outcome in batch if outcome.attempts])
+                with self._replica.cpu.counts(Step.JOURNAL):
+                    journal.append([outcome for outcome in batch if outcome.attempts])
         return outcomes
 
     def _end_process(self, error: EngineError) -> NoReturn:

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
@@ -56,6 +56,9 @@ class PartStats:
     taken_over: int = 0
     """Rows that the attempt that committed the part did not make: it found them journaled, or they
     expired."""
+    cpu_s: dict[str, float] = field(default_factory=dict)
+    """CPU seconds by step (see ``cpu``): of its own block until it was prepared, and of its replica
+    since the part before."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -82,7 +85,12 @@ def part_uri(output_uri: str, shard: int) -> str:
 
 
 def summarize(
-    shard: int, outcomes: Sequence[Outcome], seconds: float, run_id: str, taken_over: int = 0
+    shard: int,
+    outcomes: Sequence[Outcome],
+    seconds: float,
+    run_id: str,
+    taken_over: int = 0,
+    cpu_s: Mapping[str, float] | None = None,
 ) -> PartStats:
     """The stats of a part that holds ``outcomes``."""
     completed = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
@@ -104,6 +112,7 @@ def summarize(
         seconds=round(seconds, 3),
         run=run_id,
         taken_over=taken_over,
+        cpu_s={step: round(spent, 6) for step, spent in (cpu_s or {}).items()},
     )
 
 
@@ -166,26 +175,28 @@ def commit_outcomes(
     *,
     seconds: float = 0.0,
     known: Collection[SampleKey] = (),
+    cpu_s: Mapping[str, float] | None = None,
 ) -> PartStats:
     """Commit the outcomes of one whole shard, with its carried columns in input order.
 
-    ``known`` are those of the outcomes that the journal had.
+    ``known`` are those of the outcomes that the journal had; ``cpu_s`` goes into the stats.
 
     Raises:
         AccountingError, StorageError: as ``commit_part``.
     """
     expired = {outcome.key for outcome in outcomes if outcome.status is Status.EXPIRED}
     taken_over = len({row for row, _ in expired.union(known)})
-    stats = summarize(shard.index, outcomes, seconds, to.run_id, taken_over)
+    stats = summarize(shard.index, outcomes, seconds, to.run_id, taken_over, cpu_s)
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to.output_uri, table, shard, stats)
 
 
 def _check_whole(table: pa.Table, shard: Shard) -> None:
     expected = set(range(shard.first_row, shard.first_row + shard.rows))
-    keys = table.select(["input_row", "sample_index"]).to_pylist()
-    present = {key["input_row"] for key in keys}
-    if len({(key["input_row"], key["sample_index"]) for key in keys}) != len(keys):
+    rows = table.column("input_row").to_pylist()
+    present = set(rows)
+    keys = set(zip(rows, table.column("sample_index").to_pylist(), strict=True))
+    if len(keys) != len(rows):
         raise AccountingError(f"shard {shard.index} of {shard.uri}: a sample has two records")
     if present != expected:
         raise AccountingError(

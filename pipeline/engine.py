@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 
 from pipeline.admission import EngineLoad
+from pipeline.cpu import Meter, Step
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.images import decode
 from pipeline.profile import locate_model
@@ -80,8 +81,13 @@ class Engine(Protocol):
             EngineError: the engine is dead.
         """
 
-    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
-        """Have ``on_step`` called on the loop after each step, that is: while the engine works."""
+    def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
+        """Take in who wants to know; called once, before the first request.
+
+        Args:
+            on_step: to be called on the loop after each step, that is: while the engine works.
+            cpu: to be told what images cost in this process.
+        """
 
     def shutdown(self) -> None:
         """Stop the engine and every process it started."""
@@ -117,7 +123,7 @@ class VLLMEngine:
             _reap(set(_descendants()) - before)
             raise
         self._processes = set(_descendants()) - before
-        self._renderer = _Renderer(self._llm.renderer.render_cmpl)
+        self._renderer = Renderer(self._llm.renderer.render_cmpl)
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
@@ -135,9 +141,10 @@ class VLLMEngine:
         except (VLLMClientError, ValueError, TypeError) as error:
             raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
 
-    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
+    def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
         """See ``Engine.listen``. A step is one of the scheduler's, of any data-parallel rank."""
         self._listeners.append(on_step)
+        self._renderer.cpu = cpu
 
     def shutdown(self) -> None:
         """See ``Engine.shutdown``. What vLLM leaves of a dead engine (it holds memory) ends too."""
@@ -162,7 +169,7 @@ class VLLMEngine:
         return final
 
 
-class _Renderer:
+class Renderer:
     """Turns requests into vLLM's input: images decoded and cut into tiles, off the loop.
 
     A thread of its own takes all requests that wait, so that a row costs a fraction of a hand-over
@@ -170,6 +177,9 @@ class _Renderer:
     """
 
     def __init__(self, render: Callable[[list[dict[str, Any]]], list[Any]]) -> None:
+        """``render`` turns vLLM's prompts, with decoded images, into its input."""
+        self.cpu = Meter()
+        """Where it counts what it spends."""
         self._render = render
         self._thread = ThreadPoolExecutor(1, "render")
         self._waiting: deque[tuple[EngineRequest, asyncio.Future[Any]]] = deque()
@@ -214,11 +224,12 @@ class _Renderer:
     def _rendered_all(self, requests: Sequence[EngineRequest]) -> list[Any]:
         """Per request its input, or what is wrong with it."""
         results: list[Any] = []
-        for request in requests:
-            try:
-                results.append(self._rendered(request))
-            except Exception as error:  # noqa: BLE001 - raised where the request waits
-                results.append(error)
+        with self.cpu.counts(Step.RENDER):
+            for request in requests:
+                try:
+                    results.append(self._rendered(request))
+                except Exception as error:  # noqa: BLE001 - raised where the request waits
+                    results.append(error)
         return results
 
     def _rendered(self, request: EngineRequest) -> Any:

@@ -34,9 +34,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.actor import ReplicaActor, ReplicaSpec
 from pipeline.capacity import NodeCapacity
 from pipeline.commit import PartStats
+from pipeline.cpu import Laps, Step, added, block_cpu, with_cpu
 from pipeline.duplicates import Duplicates
 from pipeline.errors import CapacityError, EngineError, PipelineError
 from pipeline.expire import expire_shard
+from pipeline.model import load_prompt_format
 from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
@@ -63,6 +65,8 @@ _RAY_ADVICE = "\nFailed to "
 """How the advice begins that Ray Data appends to the message of whatever a step raises."""
 _CONNECT_S = 3.0
 _GIB = 2**30
+_task_cpu = Laps()
+"""Of the worker process this is imported in: it runs one task at a time."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +363,12 @@ def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
 
 def _prepare(block: pa.Table, spec: PrepareSpec) -> pa.Table:
     configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
-    return prepare_block(block, spec=spec)
+    spent = {Step.RAY: _task_cpu.lap()}
+    load_prompt_format(spec.model)
+    spent[Step.START] = _task_cpu.lap()
+    prepared = prepare_block(block, spec=spec)
+    spent[Step.PREPARE] = _task_cpu.lap()
+    return with_cpu(prepared, added(block_cpu(block), spent))
 
 
 def _dataset(spec: FlowSpec, shards: Sequence[Shard], roster: Any) -> ray.data.Dataset:
@@ -402,7 +411,9 @@ def _configure_ray_data() -> None:
 def _read_block(
     shard: Shard, columns: InputColumns, planned: InputFile, first_uses: Mapping[int, FirstUse]
 ) -> list[pa.Table]:
-    return [input_block(shard, read_shard(shard, columns, planned=planned), first_uses)]
+    between = _task_cpu.lap()
+    block = input_block(shard, read_shard(shard, columns, planned=planned), first_uses)
+    return [with_cpu(block, {Step.READ: _task_cpu.lap(), Step.RAY: between})]
 
 
 def _accelerator(resources: dict[str, float]) -> str | None:

@@ -8,7 +8,7 @@ found here and costs that row only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,48 @@ class _Parsed:
     """What the chat template tells the model of."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The parameters of a row."""
+
+    own: SamplingDefaults
+    resolved: Sampling
+
+
+class _Parameters:
+    """Parameters of a block's rows, parsed and resolved once per distinct value."""
+
+    def __init__(self, defaults: SamplingDefaults) -> None:
+        self._defaults = defaults
+        self._known: dict[str, _Asked] = {}
+
+    def of(self, given: Any, parse: Callable[[Any], SamplingDefaults]) -> _Asked:
+        """What ``given``, a row's own, comes to.
+
+        Raises:
+            RowError: ``invalid_parameter``.
+        """
+        key = repr(given)  # tells apart all that JSON and Arrow know, 1, 1.0, "1" and true too
+        if key not in self._known:
+            own = parse(given)
+            self._known[key] = _Asked(own, resolve(self._defaults, own))
+        return self._known[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A row whose prompt is text, to be tokenized with those of the other rows."""
+
+    parsed: _Parsed
+    images: tuple[bytes, ...]
+    text: str
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the tokenizer's special tokens are added; a chat template writes its own."""
+        return isinstance(self.parsed.chat, RawPrompt)
+
+
 def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     """One shard's prepared block; row order and count are kept.
 
@@ -88,8 +130,9 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     prompts = load_prompt_format(spec.model)
     shard = block_shard(block)
     rows = _input_rows(block, spec.columns)
+    parameters = _Parameters(spec.sampling)
     parsed = [
-        _parse(number, row, earlier, spec, shard.uri)
+        _parse(number, row, earlier, spec, shard.uri, parameters)
         for (number, row), earlier in zip(rows, read_first_uses(block), strict=True)
     ]
     images = spec.fetcher.fetch(
@@ -99,20 +142,22 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
         for source in item.chat.images
         if isinstance(source, str)
     )
-    items = [
-        item if isinstance(item, Failure) else _prepare(item, images, prompts, spec)
+    rendered = [
+        item if isinstance(item, Failure) else _render(item, images, prompts, spec)
         for item in parsed
     ]
+    items = _tokenized(rendered, prompts, spec)
     return prepared_block(shard, items, carried(block, spec.columns))
 
 
 def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
     """An ``expired`` record for each sample of an input block; nothing is judged or fetched."""
     uri = block_shard(block).uri
+    parameters = _Parameters(spec.sampling)
     return [
         expired
         for number, row in _input_rows(block, spec.columns)
-        for expired in _expired(_parse(number, row, None, spec, uri))
+        for expired in _expired(_parse(number, row, None, spec, uri, parameters))
     ]
 
 
@@ -178,6 +223,7 @@ def _parse(
     earlier: FirstUse | None,
     spec: PrepareSpec,
     input_file: str,
+    parameters: _Parameters,
 ) -> _Parsed | Failure:
     line = read_line(row["line"]) if is_jsonl(input_file) else None
     given = line.custom_id if line else row.get("custom_id")
@@ -186,8 +232,8 @@ def _parse(
     try:
         if earlier is not None:
             raise _duplicate(custom_id, earlier)
-        chat, own = _request(row, line, spec)
-        sampling = resolve(spec.sampling, own)
+        chat, asked = _request(row, line, spec, parameters)
+        own, sampling = asked.own, asked.resolved
         if len(chat.images) > spec.max_images:
             raise RowError(
                 ErrorCode.INVALID_MESSAGES,
@@ -205,17 +251,17 @@ def _parse(
 
 
 def _request(
-    row: Mapping[str, Any], line: BatchLine | None, spec: PrepareSpec
-) -> tuple[Chat | RawPrompt, SamplingDefaults]:
-    """What a row, or a line of JSONL, asks for, and its own parameters."""
+    row: Mapping[str, Any], line: BatchLine | None, spec: PrepareSpec, parameters: _Parameters
+) -> tuple[Chat | RawPrompt, _Asked]:
+    """What a row, or a line of JSONL, asks for, and its parameters."""
     if line:
         request = line.request(spec.model_names)
-        return request.chat, parse_json_sampling(request.parameters)
+        return request.chat, parameters.of(request.parameters, parse_json_sampling)
     for name, value in row.items():
         if isinstance(value, UnicodeDecodeError):
             raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
-    own = parse_row_sampling(row.get("sampling"))
-    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), own
+    asked = parameters.of(row.get("sampling"), parse_row_sampling)
+    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), asked
 
 
 def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:
@@ -235,29 +281,59 @@ def _row_error(error: Exception, custom_id: str) -> RowError:
     return RowError(ErrorCode.INTERNAL_ERROR, message)
 
 
-def _prepare(
+def _render(
     item: _Parsed, fetched: Mapping[str, Fetched], prompts: PromptFormat, spec: PrepareSpec
-) -> Prepared | Failure:
-    image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
+) -> _Rendered | Failure:
     try:
         prompts.check_token_ids(item.sampling.logit_bias)
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
-        token_ids = _tokenize(item, prompts)
+        if isinstance(item.chat, RawPrompt):
+            prompts.check_size(item.chat.text)
+            return _Rendered(item, images, item.chat.text)
+        return _Rendered(item, images, prompts.render(item.chat.messages, item.tools))
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        return _failure(item, error)
+
+
+def _tokenized(
+    items: Sequence[_Rendered | Failure], prompts: PromptFormat, spec: PrepareSpec
+) -> list[Prepared | Failure]:
+    """``items`` with their texts tokenized together, apart by whether special tokens are added."""
+    rendered = [item for item in items if isinstance(item, _Rendered)]
+    ids = {
+        kind: iter(_encode([r.text for r in rendered if r.is_raw is kind], prompts, special=kind))
+        for kind in (False, True)
+    }
+    return [
+        item if isinstance(item, Failure) else _prepare(item, next(ids[item.is_raw]), prompts, spec)
+        for item in items
+    ]
+
+
+def _encode(
+    texts: list[str], prompts: PromptFormat, *, special: bool
+) -> list[list[int] | Exception]:
+    """Each text's token ids, or why it has none: one that cannot be tokenized fails alone."""
+    try:
+        return list(prompts.encode(texts, special_tokens=special))
+    except Exception as error:  # noqa: BLE001 - told apart in _row_error
+        if len(texts) == 1:
+            return [error]
+        return [ids for text in texts for ids in _encode([text], prompts, special=special)]
+
+
+def _prepare(
+    rendered: _Rendered, ids: list[int] | Exception, prompts: PromptFormat, spec: PrepareSpec
+) -> Prepared | Failure:
+    item, images = rendered.parsed, rendered.images
+    image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
+    try:
+        token_ids = _checked_ids(ids)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
     except Exception as error:  # noqa: BLE001 - told apart in _row_error
-        failed = _row_error(error, item.custom_id)
-        return Failure(
-            item.row,
-            item.custom_id,
-            failed.code,
-            failed.message,
-            item.seeds[0],
-            prompt_tokens=prompt_tokens,
-            image_tokens=image_tokens,
-            sampling=item.sampling.model_dump_json(),
-        )
+        return _failure(item, error, prompt_tokens=prompt_tokens, image_tokens=image_tokens)
     return Prepared(
         input_row=item.row,
         custom_id=item.custom_id,
@@ -270,10 +346,26 @@ def _prepare(
     )
 
 
-def _tokenize(item: _Parsed, prompts: PromptFormat) -> list[int]:
-    if isinstance(item.chat, RawPrompt):
-        return prompts.tokenize_raw(item.chat.text)
-    return prompts.tokenize(item.chat.messages, item.tools)
+def _checked_ids(ids: list[int] | Exception) -> list[int]:
+    if isinstance(ids, Exception):
+        raise ids
+    return ids
+
+
+def _failure(
+    item: _Parsed, error: Exception, *, prompt_tokens: int = 0, image_tokens: int = 0
+) -> Failure:
+    failed = _row_error(error, item.custom_id)
+    return Failure(
+        item.row,
+        item.custom_id,
+        failed.code,
+        failed.message,
+        item.seeds[0],
+        prompt_tokens=prompt_tokens,
+        image_tokens=image_tokens,
+        sampling=item.sampling.as_json,
+    )
 
 
 def _seeds(custom_id: str, own: int | None, samples: int, spec: PrepareSpec) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ only the rows' offsets are held (8 bytes a row), and just a shard's bytes are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -243,7 +244,8 @@ def read_shard(
         StorageError: the file cannot be read, changed since it was planned, or has fewer rows.
     """
     try:
-        return _read_planned_rows(shard, columns)
+        with _left_open.closed_on_error():
+            return _read_planned_rows(shard, columns, planned)
     except FileNotFoundError:
         raise StorageError(f"{shard.uri}: is gone since the run was planned; put it back") from None
     except pa.ArrowException as error:
@@ -254,6 +256,11 @@ def read_shard(
 
 
 def _check_unchanged(planned: InputFile) -> None:
+    with _left_open.closed_on_error():
+        _compare(planned)
+
+
+def _compare(planned: InputFile) -> None:
     try:
         size, version = storage.version(planned.uri)
     except FileNotFoundError:
@@ -268,12 +275,12 @@ def _check_unchanged(planned: InputFile) -> None:
         )
 
 
-def _read_planned_rows(shard: Shard, columns: InputColumns) -> pa.Table:
-    with storage.open_input(shard.uri) as handle:
-        if is_jsonl(shard.uri):
+def _read_planned_rows(shard: Shard, columns: InputColumns, planned: InputFile | None) -> pa.Table:
+    if is_jsonl(shard.uri):
+        with storage.open_input(shard.uri) as handle:
             table = _line_table(read_rows(handle, shard.first_byte, shard.end_byte))
-        else:
-            table = _read_table(pq.ParquetFile(handle), shard, columns)
+    else:
+        table = _left_open.read(shard, columns, planned)
     if table.num_rows != shard.rows:
         raise StorageError(
             f"{shard.uri}: rows {shard.first_row}-{shard.first_row + shard.rows - 1} were planned, "
@@ -289,13 +296,66 @@ def _line_table(lines: list[bytes]) -> pa.Table:
     )
 
 
-def _read_table(file: pq.ParquetFile, shard: Shard, columns: InputColumns) -> pa.Table:
-    """The wanted columns of the shard; those that only the path has are added."""
-    present = set(file.schema_arrow.names)
-    wanted = {*columns.request.values(), *columns.carried.names} & present
-    table = _read_rows(file, shard, sorted(wanted))
+class _LeftOpen:
+    """The Parquet file that was read last, open where its shard ended.
+
+    Rows of Parquet cannot be found without decoding those before them in their row group. A process
+    is given shards in order, if not all of them: going on takes a group's rows once, where starting
+    anew for each shard takes half of the group each time.
+    """
+
+    def __init__(self) -> None:
+        self._streams: list[tuple[object, _Stream]] = []
+
+    def read(self, shard: Shard, columns: InputColumns, planned: InputFile | None) -> pa.Table:
+        """The shard's rows. Only a planned file, whose version is looked at anew, is left open."""
+        key = (planned, columns)
+        try:
+            found, stream = self._streams.pop()  # by one thread alone
+        except IndexError:
+            found = None
+        if found is None or planned is None or found != key:
+            if found is not None:
+                stream.close()
+            stream = _stream(shard.uri, columns)
+            next(stream)
+        table = stream.send(shard)
+        if planned is None:
+            stream.close()
+        else:
+            self._streams = [(key, stream)]
+        return table
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """After an error the file is opened anew: it may have been another one meanwhile."""
+        try:
+            yield
+        except BaseException:
+            while self._streams:
+                self._streams.pop()[1].close()
+            raise
+
+
+_Stream = Generator[pa.Table, Shard, None]
+_left_open = _LeftOpen()
+
+
+def _stream(uri: str, columns: InputColumns) -> _Stream:
+    """Tables of the shards of one file that are sent in; those in order are cheapest."""
+    table = None
+    with storage.open_input(uri) as handle:
+        rows = _Rows(pq.ParquetFile(handle), columns)
+        while True:
+            shard = yield table
+            table = _with_path_values(rows.read(shard), uri, columns)
+
+
+def _with_path_values(table: pa.Table, uri: str, columns: InputColumns) -> pa.Table:
+    """The carried columns that only the path has are added."""
+    present = set(table.column_names)
     keys = [name for name in columns.carried.names if name not in present]
-    for name, value in _path_values(shard.uri, keys).items():
+    for name, value in _path_values(uri, keys).items():
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table
 
@@ -439,35 +499,56 @@ def _check_carried(
         )
 
 
-def _read_rows(file: pq.ParquetFile, shard: Shard, columns: list[str]) -> pa.Table:
-    """Rows [first_row, first_row + rows), streaming through the row groups that hold them."""
-    groups, skip = _covering_groups(file.metadata, shard)
-    schema = pa.schema([file.schema_arrow.field(column) for column in columns])
-    batches: list[pa.RecordBatch] = []
-    left = shard.rows
-    size = min(_MAX_BATCH_ROWS, max(1, shard.rows))
-    for batch in file.iter_batches(batch_size=size, row_groups=groups, columns=columns):
-        if left <= 0:
-            break
-        kept = batch.slice(skip, left)
-        skip = max(0, skip - batch.num_rows)
-        left -= kept.num_rows
-        batches.append(kept)
-    return pa.Table.from_batches(
-        [batch.select(columns) for batch in batches if batch.num_rows], schema=schema
-    )
+class _Rows:
+    """The wanted rows of one Parquet file, streaming through the row groups that hold them."""
+
+    def __init__(self, file: pq.ParquetFile, columns: InputColumns) -> None:
+        self._file = file
+        present = set(file.schema_arrow.names)
+        self._columns = sorted({*columns.request.values(), *columns.carried.names} & present)
+        self._schema = pa.schema([file.schema_arrow.field(column) for column in self._columns])
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: pa.RecordBatch | None = None
+        """What is left of the batch that was read last."""
+        self._next = 0
+        """The row that comes next."""
+        self._group_end = 0
+        """The row at which the row group ends that ``_next`` is in."""
+
+    def read(self, shard: Shard) -> pa.Table:
+        """The shard's rows; fewer if the file ends before."""
+        if not self._next <= shard.first_row < self._group_end:
+            self._start(shard)
+        kept: list[pa.RecordBatch] = []
+        end = shard.first_row + shard.rows
+        while self._next < end:
+            batch = next(self._batches, None) if self._batch is None else self._batch
+            if batch is None:
+                break
+            skip = min(max(0, shard.first_row - self._next), batch.num_rows)
+            used = min(batch.num_rows, end - self._next)
+            if used > skip:
+                kept.append(batch.slice(skip, used - skip).select(self._columns))
+            self._batch = batch.slice(used) if used < batch.num_rows else None
+            self._next += used
+        self._group_end = max(self._group_end, _group_at(self._file.metadata, self._next)[2])
+        return pa.Table.from_batches(kept, schema=self._schema)
+
+    def _start(self, shard: Shard) -> None:
+        group, self._next, self._group_end = _group_at(self._file.metadata, shard.first_row)
+        self._batch = None
+        self._batches = self._file.iter_batches(
+            batch_size=min(_MAX_BATCH_ROWS, max(1, shard.rows)),
+            row_groups=list(range(group, self._file.metadata.num_row_groups)),
+            columns=self._columns,
+        )
 
 
-def _covering_groups(metadata: pq.FileMetaData, shard: Shard) -> tuple[list[int], int]:
-    """Row groups that overlap the shard, and the rows to skip in the first of them."""
-    groups: list[int] = []
-    skip = 0
-    start = 0
+def _group_at(metadata: pq.FileMetaData, row: int) -> tuple[int, int, int]:
+    """The row group that holds ``row``, its first row, and the one after its last."""
+    start = end = 0
     for group in range(metadata.num_row_groups):
-        end = start + metadata.row_group(group).num_rows
-        if end > shard.first_row and start < shard.first_row + shard.rows:
-            if not groups:
-                skip = shard.first_row - start
-            groups.append(group)
-        start = end
-    return groups, skip
+        start, end = end, end + metadata.row_group(group).num_rows
+        if row < end:
+            return group, start, end
+    return metadata.num_row_groups, end, end

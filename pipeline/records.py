@@ -257,8 +257,7 @@ def prepared_block(
         "image_tokens": [item.image_tokens for item in items],
         "prompt_tokens": [item.prompt_tokens for item in items],
         "sampling": [
-            item.sampling.model_dump_json() if isinstance(item, Prepared) else item.sampling
-            for item in items
+            item.sampling.as_json if isinstance(item, Prepared) else item.sampling for item in items
         ],
         "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
         "error_code": [item and str(item.code) for item in failed],
@@ -270,9 +269,12 @@ def prepared_block(
 
 def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
     """The inverse of ``prepared_block`` (without the carried columns)."""
+    rows = block.select([name for name, _ in _PREPARED_FIELDS if name != "shard"]).to_pylist()
+    asked = {row["sampling"] for row in rows if row["error_code"] is None}
+    sampling = {text: Sampling.model_validate_json(text) for text in asked}
     return [
-        _prepared(row) if row["error_code"] is None else _failure(row)
-        for row in block.drop_columns(["shard", "carried"]).to_pylist()
+        _prepared(row, sampling[row["sampling"]]) if row["error_code"] is None else _failure(row)
+        for row in rows
     ]
 
 
@@ -292,8 +294,7 @@ def input_columns(block: pa.Table) -> pa.Table:
 
 
 def _from_struct(chunked: pa.ChunkedArray) -> pa.Table:
-    column = chunked.combine_chunks()
-    struct = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    struct = _one_array(chunked)
     names = [field.name for field in struct.type]
     return pa.table({name: struct.field(i) for i, name in enumerate(names)})
 
@@ -322,7 +323,7 @@ def read_records(table: pa.Table) -> list[Outcome]:
     return [_outcome(record) for record in table.select(OUTPUT_SCHEMA.names).to_pylist()]
 
 
-def _prepared(row: dict[str, object]) -> Prepared:
+def _prepared(row: dict[str, object], sampling: Sampling) -> Prepared:
     return Prepared(
         input_row=row["input_row"],  # type: ignore[arg-type]
         custom_id=row["custom_id"],  # type: ignore[arg-type]
@@ -330,7 +331,7 @@ def _prepared(row: dict[str, object]) -> Prepared:
         images=tuple(row["images"]),  # type: ignore[arg-type]
         image_tokens=row["image_tokens"],  # type: ignore[arg-type]
         prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
-        sampling=Sampling.model_validate_json(row["sampling"]),  # type: ignore[arg-type]
+        sampling=sampling,
         seeds=tuple(row["seeds"]),  # type: ignore[arg-type]
     )
 
@@ -438,6 +439,8 @@ def _to_struct(table: pa.Table, rows: int) -> pa.Array:
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)  # combining would copy the images
     combined = column.combine_chunks()
     if isinstance(combined, pa.ChunkedArray):
         if combined.num_chunks != 1:

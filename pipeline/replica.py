@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from pipeline.admission import AdmissionWindow, EngineLoad
 from pipeline.backlog import Backlog, Waiting, prefix_key
+from pipeline.cpu import Meter, Step, thread_laps
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
 from pipeline.quarantine import Quarantine
@@ -106,6 +107,9 @@ class Replica:
         self._background: set[asyncio.Task[None]] = set()
         self._deaths_in_a_row = 0
         self._convictions_in_a_row = 0
+        self.cpu = Meter()
+        """What this process spends, by step."""
+        self._loop_cpu = thread_laps(self._thread)
         self.engine_restarts = 0
         """Times the engine was started again."""
         try:
@@ -158,6 +162,10 @@ class Replica:
                 future.result()
         finally:
             future.cancel()
+
+    def take_cpu(self) -> dict[str, float]:
+        """CPU seconds of this process by step since the last call."""
+        return self.cpu.take({Step.ENGINE: self._loop_cpu})
 
     def drain(self, grace_s: float) -> None:
         """Admit no more requests; those inside may finish for ``grace_s`` seconds. Not undone."""
@@ -237,7 +245,7 @@ class Replica:
             self._window.observe(load, self._inside)
             self._pump()
 
-        engine.listen(on_step)
+        engine.listen(on_step, self.cpu)
 
     def _pump(self) -> None:
         """Let waiting samples in, as far as the window allows; under a drain, to be sent back."""
@@ -585,7 +593,7 @@ def _completion(
         attempts=attempts,
         logprobs=output.logprobs,
         tool_calls=calls,
-        sampling=item.sampling.model_dump_json(),
+        sampling=item.sampling.as_json,
         code=fault.code if fault else None,
         message=fault.message if fault else None,
     )
@@ -603,7 +611,7 @@ def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failur
         attempts=attempts,
         prompt_tokens=item.prompt_tokens,
         image_tokens=item.image_tokens,
-        sampling=item.sampling.model_dump_json(),
+        sampling=item.sampling.as_json,
     )
 
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline import storage
 from pipeline.commit import PartStats
+from pipeline.cpu import added
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.records import Status
 from pipeline.redact import redacted
@@ -57,6 +58,8 @@ class Totals:
     finish_reasons: Mapping[str, int]
     lengths: Mapping[str, int]
     parts: int
+    cpu_s: Mapping[str, float] = field(default_factory=dict)
+    """CPU seconds by step."""
 
     @property
     def ended(self) -> int:
@@ -111,6 +114,7 @@ def total(parts: Iterable[PartStats]) -> Totals:
     errors: Counter[str] = Counter()
     finish_reasons: Counter[str] = Counter()
     lengths: Counter[str] = Counter()
+    cpu_s: dict[str, float] = {}
     records = count = 0
     for part in parts:
         count += 1
@@ -119,8 +123,9 @@ def total(parts: Iterable[PartStats]) -> Totals:
         errors.update(part.errors)
         finish_reasons.update(part.finish_reasons)
         lengths.update(part.lengths)
+        cpu_s = added(cpu_s, part.cpu_s)
         records += part.records
-    return Totals(dict(rows), records, dict(tokens), errors, finish_reasons, lengths, count)
+    return Totals(dict(rows), records, dict(tokens), errors, finish_reasons, lengths, count, cpu_s)
 
 
 def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
@@ -147,6 +152,7 @@ def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
         "finish_reasons": dict(result.totals.finish_reasons),
         "completion_lengths": _length_buckets(result.totals.lengths),
         "parts": result.totals.parts,
+        "cpu_s": {step: round(spent, 3) for step, spent in sorted(result.totals.cpu_s.items())},
     }
     data = (json.dumps(document, indent=2) + "\n").encode()
     storage.put_bytes(storage.join(result.run, "report.json"), data)

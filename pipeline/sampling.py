@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -153,6 +153,11 @@ class Sampling(BaseModel):
     """The shape the completion must have."""
     tool_use: ToolUse | None = None
     """How tool calls are read from the completion; None: it is text."""
+
+    @cached_property
+    def as_json(self) -> str:
+        """As records carry it; many rows share one object, and so this text."""
+        return self.model_dump_json()
 
 
 def parse_row_sampling(value: Any) -> SamplingDefaults:

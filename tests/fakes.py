@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pipeline.admission import EngineLoad
+from pipeline.cpu import Meter
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, ErrorCode, RowError
 from pipeline.images import decode
@@ -78,7 +79,7 @@ class EchoEngine:
         text = f"{request.seed}:{len(request.token_ids)}"
         return EngineOutput(text, self.finish_reason, len(request.token_ids), len(text), 0)
 
-    def listen(self, on_step: Callable[[EngineLoad], None]) -> None:
+    def listen(self, on_step: Callable[[EngineLoad], None], _cpu: Meter) -> None:
         """One listener; steps come while there is work, unless the engine hangs."""
         self._on_step = on_step
 

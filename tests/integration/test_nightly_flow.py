@@ -62,7 +62,10 @@ def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
         assert row["custom_id"] == f"f{Path(row['input_file']).stem}-{row['input_row']}"
         assert row["label"] == row["input_row"]
     assert (out / "_SUCCESS").exists()
-    assert json.loads((out / "report.json").read_text())["rows"] == result["rows"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["rows"] == result["rows"]
+    steps = ("start", "read", "prepare", "queue", "engine", "journal", "commit")
+    assert all(report["cpu_s"][step] > 0 for step in steps)  # from tasks and replicas alike
 
     before = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
     code, again, stderr = nightly(folder)

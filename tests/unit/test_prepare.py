@@ -16,7 +16,7 @@ from PIL import Image
 from cluster.models.mini_maverick import CHAT_TEMPLATE, CHECKPOINT
 from pipeline.errors import RowError
 from pipeline.fetch import ImageFetcher
-from pipeline.model import ModelSpec, load_prompt_format
+from pipeline.model import ModelSpec, batched_by_size, load_prompt_format
 from pipeline.plan import FirstUse, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import InputColumns, open_input, read_shard
@@ -400,6 +400,47 @@ def test_a_template_that_wants_strings_gets_a_turns_texts_line_by_line(tmp_path:
     prompts = load_prompt_format(ModelSpec(str(without_tools(tmp_path)), None, 512))
     parts = [{"type": "text", "text": text} for text in ("a", "", "b")]
     assert bytes(prompts.tokenize([{"role": "user", "content": parts}])) == b"<user>a\nb"
+
+
+def test_parameters_that_only_look_alike_are_told_apart(tmp_path: Path) -> None:
+    values = [None, "None", '{"temperature": 1}', '{"temperature": true}']
+    rows = [{"prompt": "a", "sampling": value} for value in [*values, *values]]
+    items = prepare(tmp_path, rows)
+    for nothing, text, one, true in (items[:4], items[4:]):
+        assert good(one).sampling.temperature == 1.0
+        assert code(text) == code(true) == "invalid_parameter"
+        assert good(nothing).sampling.temperature == 0.5
+
+
+def test_a_prompt_that_cannot_be_tokenized_is_its_own_rows_error(tmp_path: Path) -> None:
+    folder = without_tools(tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0]['content'] }}{% if 'bad' in messages[0]['content'] %}{{ '\\ud800' }}"
+        "{% endif %}"
+    )
+    rows = [{"prompt": "a"}, {"prompt": "bad"}, {"prompt": "bc"}]
+    first, second, third = prepare(tmp_path, rows, model=ModelSpec(str(folder), None, 512))
+    assert code(second) == "internal_error"
+    assert bytes(good(first).token_ids) == b"a"
+    assert bytes(good(third).token_ids) == b"bc"
+
+
+def test_prompts_tokenized_together_have_the_tokens_they_have_alone() -> None:
+    prompts = load_prompt_format(MODEL)
+    texts = ["", "a", "<|image|>x<|eot|>", "b" * 300_000, *TEXTS]
+    together = prompts.encode(texts)
+    assert together == [
+        prompts.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+    ]
+    with_bos = prompts.encode(texts, special_tokens=True)
+    assert with_bos == [prompts.tokenizer(text)["input_ids"] for text in texts]
+    assert with_bos != together
+
+
+def test_texts_are_tokenized_in_batches_of_bounded_size() -> None:
+    texts = ["ab", "c", "defgh", "", "i"]
+    assert list(batched_by_size(texts, 3)) == [["ab", "c"], ["defgh"], ["", "i"]]
+    assert list(batched_by_size([], 3)) == []
 
 
 @pytest.mark.parametrize(

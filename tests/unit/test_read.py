@@ -51,6 +51,45 @@ def test_rows_of_the_planned_version_are_read(tmp_path: Path) -> None:
     assert table.column("n").to_pylist() == [5, 6, 7, 8, 9]
 
 
+@pytest.mark.parametrize("row_group_size", [1, 7, 50, 100])
+def test_shards_of_files_left_open_are_exactly_their_rows_in_any_order(
+    tmp_path: Path, row_group_size: int
+) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        write(tmp_path / name, numbered(100), row_group_size=row_group_size)
+    found = open_input(str(tmp_path), renamed={}, carry=None)
+    shards = [(file, first, 9) for file in found.files for first in range(0, 91, 9)]
+    shuffled = random.Random(7).sample(shards, len(shards))
+    for file, first, rows in [*shards, *shards[::2], *shuffled]:
+        table = read_shard(Shard(0, file.uri, first, rows), found.columns, planned=file)
+        assert table.column("n").to_pylist() == list(range(first, first + rows))
+
+
+def test_rows_read_while_the_file_was_another_one_are_not_gone_on_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", numbered(100))
+    (file,) = (found := open_input(str(tmp_path), renamed={}, carry=None)).files
+
+    def read(first: int) -> list[int]:
+        table = read_shard(Shard(0, file.uri, first, 10), found.columns, planned=file)
+        numbers: list[int] = table.column("n").to_pylist()
+        return numbers
+
+    assert read(0) == list(range(10))
+    planned, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.unlink()
+    write(path, {"prompt": ["x"] * 100, "n": [0] * 100})
+    with pytest.raises(StorageError, match="changed since the run was planned"):
+        read(10)
+    with pytest.raises(StorageError, match="changed since the run was planned"):
+        read(0)
+    path.write_bytes(planned)
+    os.utime(path, ns=times)
+    assert read(10) == list(range(10, 20))
+    path.unlink()
+    with pytest.raises(StorageError, match="is gone since the run was planned"):
+        read(20)
+
+
 @pytest.mark.parametrize(
     ("columns", "what"),
     [

@@ -35,6 +35,10 @@ _STRAGGLER = 4.0
 _BYTES_PER_TOKEN = 4
 _LEAST_SHARED_TOKENS = 32
 """A chat template's own first tokens are shared by all rows, and cost next to nothing."""
+_PROMPT_TOKENS_PER_STEP = 128
+"""Prompt tokens that take an engine about as long as one decode step, roughly: for an order."""
+_UNBOUNDED_STEPS = 2**16
+"""What a sample without a limit of its own may take."""
 
 T = TypeVar("T")
 
@@ -53,6 +57,12 @@ class Waiting(Generic[T]):
 def prefix_key(token_ids: Sequence[int]) -> bytes:
     """Prompt tokens in a form that sorts by common prefixes, fast."""
     return np.asarray(token_ids, np.int32).tobytes()
+
+
+def expected_steps(prompt_tokens: int, most_completion_tokens: int | None) -> float:
+    """The most decode steps a sample may take, its prompt converted into such."""
+    limit = most_completion_tokens or _UNBOUNDED_STEPS
+    return limit + prompt_tokens / _PROMPT_TOKENS_PER_STEP
 
 
 class Backlog(Generic[T]):

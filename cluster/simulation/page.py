@@ -53,7 +53,7 @@ def page(
         most_over_bound=MOST_OVER_BOUND,
         open_shards=_open_shards(study),
         churn_table=_churn(study),
-        churn_seeds=len(next(iter(study.churn.values()))),
+        churn_seeds=len(study.churn[0]),
         driver=driver,
         driver_table=_driver(driver),
         flow=flow,
@@ -115,20 +115,21 @@ def _open_shards(study: Study) -> str:
 
 def _churn(study: Study) -> str:
     head = (
-        *("replicas", "rows", "losses per run", "makespan / bound, mean", "worst"),
+        *("replicas", "rows", "makespan", "losses per run", "makespan / bound, mean", "worst"),
         *(f"goal {MOST_OVER_CHURN_BOUND:.2f}", "finished tokens made again, worst"),
     )
     rows = [
         (
-            replicas,
+            runs[0].replicas,
             f"{runs[0].rows:,}",
+            f"{runs[0].makespan:,.0f} s",
             _span([len(run.losses) for run in runs]),
             f"{sum(run.over_bound for run in runs) / len(runs):.3f}",
             f"**{max(run.over_bound for run in runs):.3f}**",
             _verdict(max(run.over_bound for run in runs) <= MOST_OVER_CHURN_BOUND),
             f"{max(run.redone_tokens / run.tokens for run in runs):.3%}",
         )
-        for replicas, runs in study.churn.items()
+        for runs in study.churn
     ]
     return _table(head, rows)
 

@@ -14,7 +14,7 @@ from cluster.simulation.scenarios import MOST_OVER_BOUND, Study
 
 _WIDTH, _HEIGHT = 7.0, 3.4  # inches
 _OURS, _FIFO, _GOAL = "#1f77b4", "#bbbbbb", "#d62728"
-_TAIL_SHOWN = 0.25
+_TAIL_SHOWN = 0.12
 """Of the longer run, from its end."""
 
 
@@ -55,9 +55,9 @@ def _scale(study: Study) -> Figure:
         goal = size.least_efficiency
         axes.plot([place - 0.42, place + 0.42], [goal, goal], color=_GOAL, label="goal")
     axes.set_xticks(places, [str(size.replicas) for size, _, _ in study.scale])
-    axes.set_ylim(0.8, 1.02)
+    axes.set_ylim(0.8, 1.04)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:1] + handles[-2:], labels[:1] + labels[-2:], loc="lower left", fontsize=8)
+    axes.legend(handles[-3:], labels[-3:], ncols=3, fontsize=8)
     return figure
 
 
@@ -73,7 +73,7 @@ def _tail(study: Study) -> Figure:
     axes.axvline(ours.bound, color=_GOAL, linestyle=":", label="lower bound")
     axes.set_xlim((1 - _TAIL_SHOWN) * last, 1.01 * last)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     return figure
 
 

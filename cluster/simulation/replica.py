@@ -94,7 +94,7 @@ class SimulatedReplica:
 
     def begin(self, now: float) -> float | None:
         """Start the engine's next epoch; when it ends."""
-        hungry = len(self._queue) and self.engine.running < self._model.max_num_seqs
+        hungry = self.engine.running < self._model.max_num_seqs and len(self._queue)
         self.epoch += 1
         return self.engine.begin(now, most_steps=1 if hungry else None)
 

@@ -45,7 +45,9 @@ MOST_OVER_BOUND = 1.03
 MOST_OVER_CHURN_BOUND = 1.10
 OPEN_SHARDS = (2, 4, 8, 16, 32)
 QUEUED_SHARDS = (0, 1, 4)
-CHURN_SEEDS = 5
+CHURN_SIZES = ((1, 96_000), (8, 32_000), (8, 96_000), (64, 16_000))
+"""(replicas, rows per replica)."""
+CHURN_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Study:
     tail: Sequence[SimulatedRun]
     open_shards: Mapping[int, Sequence[SimulatedRun]]
     queued_shards: Mapping[int, Sequence[SimulatedRun]]
-    churn: Mapping[int, Sequence[SimulatedRun]]
-    """By replicas; a run per seed."""
+    churn: Sequence[Sequence[SimulatedRun]]
+    """By size; a run per seed."""
 
 
 def study(seed: int, *, quick: bool, say: Callable[[str], None]) -> Study:
@@ -80,10 +82,10 @@ def study(seed: int, *, quick: bool, say: Callable[[str], None]) -> Study:
             )
             for count in (QUEUED_SHARDS[:2] if quick else QUEUED_SHARDS)
         },
-        churn={
-            size.replicas: list(_churn(size, 1 if quick else CHURN_SEEDS, seed, say))
-            for size in (sizes[:1] if quick else sizes[:3])
-        },
+        churn=[
+            list(_churn(*size, 1 if quick else CHURN_SEEDS, seed, say))
+            for size in ([(2, 20_000)] if quick else CHURN_SIZES)
+        ],
     )
 
 
@@ -118,10 +120,12 @@ def _variant(
         yield _told(ClusterSpec(replicas, GIVEN, seed=seed), workload, policy, say)
 
 
-def _churn(size: Size, seeds: int, seed: int, say: Callable[[str], None]) -> Iterator[SimulatedRun]:
-    workload = log_normal(size.replicas * size.rows_per_replica, seed)
+def _churn(
+    replicas: int, rows_per_replica: int, seeds: int, seed: int, say: Callable[[str], None]
+) -> Iterator[SimulatedRun]:
+    workload = log_normal(replicas * rows_per_replica, seed)
     for number in range(seeds):
-        spec = ClusterSpec(size.replicas, GIVEN, churn=Churn(), seed=seed + number)
+        spec = ClusterSpec(replicas, GIVEN, churn=Churn(), seed=seed + number)
         yield _told(spec, workload, PIPELINE, say)
 
 

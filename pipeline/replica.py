@@ -35,8 +35,10 @@ from pipeline.tool_calls import read_calls
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 8
-"""Shards a replica works on at a time: while the last rows of some end, others fill the window."""
+OPEN_SHARDS = 16
+"""Shards a replica works on at a time: while the last rows of some end, others fill the window.
+With fewer, a few long rows in each leave the engine empty; with more, the end of a run is bound to
+replicas too early (docs/simulation.md)."""
 _SHUTDOWN_S = 30.0  # vLLM's processes end within seconds; longer means they hang
 _START_TRIES = 2
 _START_PAUSE_S = 2.0

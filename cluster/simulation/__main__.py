@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from cluster.simulation.validation import measure_driver, validate
 from pipeline.profile import REPO_ROOT
 
 _VALIDATED_REPLICAS = (1, 2)
+_PROCESSES = os.cpu_count() or 1
 _DRIVER_ROWS = 1_000_000
 _QUICK_DRIVER_ROWS = 50_000
 
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cluster.simulation.plots import draw  # matplotlib takes a second to import
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found = study(arguments.seed, quick=arguments.quick, say=_say)
+    found = study(arguments.seed, quick=arguments.quick, say=_say, processes=_PROCESSES)
     driver = measure(_QUICK_DRIVER_ROWS if arguments.quick else _DRIVER_ROWS, BOUND_REPLICAS)
     counts = _VALIDATED_REPLICAS if arguments.validate else ()
     validations = [validate(count, arguments.seed) for count in counts]

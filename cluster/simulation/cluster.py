@@ -76,6 +76,7 @@ class SimulatedRun:
 
     policy: str
     workload: str
+    engine: str
     replicas: int
     rows: int
     shards: int
@@ -140,6 +141,7 @@ class _Cluster:
         self._result = SimulatedRun(
             policy=policy.name,
             workload=workload.name,
+            engine=spec.engine.name,
             replicas=spec.replicas,
             rows=workload.rows,
             shards=len(shards),

@@ -85,12 +85,13 @@ def _scale(study: Study) -> str:
 
 def _tail(study: Study) -> str:
     head = (
-        *("rows", "", "makespan", "makespan / bound", "FIFO's"),
+        *("lengths", "engine", "rows", "makespan", "makespan / bound", "FIFO's"),
         *("rows preempted", "FIFO's"),
     )
     rows = [
         (
             ours.workload,
+            ours.engine,
             f"{ours.rows:,}",
             f"{ours.makespan:,.0f} s",
             f"**{ours.over_bound:.3f}**",

@@ -131,12 +131,23 @@ def equal(rows: int, replicas: int) -> list[range]:
     return [range(first, min(first + SHARD_ROWS, rows)) for first in range(0, rows, SHARD_ROWS)]
 
 
-PIPELINE = Policy("pipeline", planned, Backlog[int], lambda _: AdmissionWindow())
+def _backlog(open_shards: int) -> Queue:
+    return Backlog[int](open_shards)
+
+
+def _admission_window(_seats: int) -> Window:
+    return AdmissionWindow()
+
+
+def _fifo_queue(_open_shards: int) -> Queue:
+    return FifoQueue()
+
+
+def _constant_window(seats: int) -> Window:
+    return ConstantWindow(int(_WINDOW_PER_SEQUENCE * seats))
+
+
+PIPELINE = Policy("pipeline", planned, _backlog, _admission_window)
 """What runs: ``plan.make_plan``, ``backlog.Backlog`` and ``admission.AdmissionWindow``."""
-FIFO = Policy(
-    "FIFO, equal shards",
-    equal,
-    lambda _: FifoQueue(),
-    lambda seats: ConstantWindow(int(_WINDOW_PER_SEQUENCE * seats)),
-)
+FIFO = Policy("FIFO, equal shards", equal, _fifo_queue, _constant_window)
 """Rows in input order, shards of 512 rows, a window of 1.25 x the engine's sequences."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 from cluster.simulation.cluster import Churn, ClusterSpec, SimulatedRun, simulate
@@ -36,7 +37,7 @@ SIZES = (
     Size(1, 32_000, 0.97),
     Size(8, 32_000, 0.95),
     Size(64, 16_000, 0.95),
-    Size(512, 8_000, 0.90),
+    Size(512, 6_000, 0.90),
 )
 QUICK_SIZES = (Size(1, 2_000, 0.97), Size(2, 2_000, 0.95))
 BOUND_REPLICAS = 8
@@ -47,7 +48,22 @@ OPEN_SHARDS = (2, 4, 8, 16, 32)
 QUEUED_SHARDS = (0, 1, 4)
 CHURN_SIZES = ((1, 96_000), (8, 32_000), (8, 96_000), (64, 16_000))
 """(replicas, rows per replica)."""
-CHURN_SEEDS = 3
+CHURN_SEEDS = 2
+Kind = Callable[[int, int], Workload]
+"""(rows, seed) -> rows to simulate."""
+KINDS: tuple[Kind, Kind] = (log_normal, long_tail)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    spec: ClusterSpec
+    policy: Policy
+    kind: Kind
+    rows: int
+    seed: int
+    """Of the rows."""
 
 
 @dataclass(frozen=True)
@@ -57,84 +73,81 @@ class Study:
     scale: Sequence[tuple[Size, SimulatedRun, SimulatedRun]]
     """(size, the pipeline, FIFO)."""
     tail: Sequence[SimulatedRun]
+    """Of each engine and kind of rows: the pipeline, FIFO."""
     open_shards: Mapping[int, Sequence[SimulatedRun]]
+    """By their number; a run per kind of rows."""
     queued_shards: Mapping[int, Sequence[SimulatedRun]]
     churn: Sequence[Sequence[SimulatedRun]]
     """By size; a run per seed."""
 
 
-def study(seed: int, *, quick: bool, say: Callable[[str], None]) -> Study:
+def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int = 1) -> Study:
     """Run everything; ``quick`` is for tests: the same code on a few rows."""
     sizes = QUICK_SIZES if quick else SIZES
     replicas = 2 if quick else BOUND_REPLICAS
     rows = replicas * (1_500 if quick else 32_000)
-    kinds = (log_normal(rows, seed), long_tail(rows, seed))
-    return Study(
-        scale=list(_scale(sizes, seed, say)),
-        tail=list(_tail(replicas, kinds, seed, say)),
-        open_shards={
-            count: list(_variant(replace(PIPELINE, open_shards=count), replicas, kinds, seed, say))
-            for count in (OPEN_SHARDS[1:3] if quick else OPEN_SHARDS)
-        },
-        queued_shards={
-            count: list(
-                _variant(replace(PIPELINE, queued_shards=count), replicas, kinds, seed, say)
-            )
-            for count in (QUEUED_SHARDS[:2] if quick else QUEUED_SHARDS)
-        },
-        churn=[
-            list(_churn(*size, 1 if quick else CHURN_SEEDS, seed, say))
-            for size in ([(2, 20_000)] if quick else CHURN_SIZES)
+    open_shards = OPEN_SHARDS[1:3] if quick else OPEN_SHARDS
+    queued_shards = QUEUED_SHARDS[:2] if quick else QUEUED_SHARDS
+    churn_sizes = [(2, 20_000)] if quick else CHURN_SIZES
+    seeds = 1 if quick else CHURN_SEEDS
+
+    def case(policy: Policy, kind: Kind, engine: EngineModel = GIVEN) -> Case:
+        return Case(ClusterSpec(replicas, engine, seed=seed), policy, kind, rows, seed)
+
+    sections = (
+        [
+            Case(spec, policy, log_normal, size.replicas * size.rows_per_replica, seed)
+            for size in sizes
+            for spec in (ClusterSpec(size.replicas, GIVEN, seed=seed),)
+            for policy in (PIPELINE, FIFO)
+        ],
+        [
+            case(policy, kind, engine)
+            for engine in (GIVEN, TIGHT)
+            for kind in KINDS
+            for policy in (PIPELINE, FIFO)
+        ],
+        [case(replace(PIPELINE, open_shards=n), kind) for n in open_shards for kind in KINDS],
+        [case(replace(PIPELINE, queued_shards=n), kind) for n in queued_shards for kind in KINDS],
+        [
+            Case(spec, PIPELINE, log_normal, count * each, seed)
+            for count, each in churn_sizes
+            for number in range(seeds)
+            for spec in (ClusterSpec(count, GIVEN, churn=Churn(), seed=seed + number),)
         ],
     )
-
-
-def _scale(
-    sizes: Sequence[Size], seed: int, say: Callable[[str], None]
-) -> Iterator[tuple[Size, SimulatedRun, SimulatedRun]]:
-    for size in sizes:
-        workload = log_normal(size.replicas * size.rows_per_replica, seed)
-        spec = ClusterSpec(size.replicas, GIVEN, seed=seed)
-        ours, fifo = (_told(spec, workload, policy, say) for policy in (PIPELINE, FIFO))
-        yield size, ours, fifo
-
-
-def _tail(
-    replicas: int, kinds: Sequence[Workload], seed: int, say: Callable[[str], None]
-) -> Iterator[SimulatedRun]:
-    for engine in (GIVEN, TIGHT):
-        for workload in kinds:
-            named = replace(workload, name=f"{workload.name}, {engine.name} engine")
-            for policy in (PIPELINE, FIFO):
-                yield _told(ClusterSpec(replicas, engine, seed=seed), named, policy, say)
-
-
-def _variant(
-    policy: Policy,
-    replicas: int,
-    kinds: Sequence[Workload],
-    seed: int,
-    say: Callable[[str], None],
-) -> Iterator[SimulatedRun]:
-    for workload in kinds:
-        yield _told(ClusterSpec(replicas, GIVEN, seed=seed), workload, policy, say)
-
-
-def _churn(
-    replicas: int, rows_per_replica: int, seeds: int, seed: int, say: Callable[[str], None]
-) -> Iterator[SimulatedRun]:
-    workload = log_normal(replicas * rows_per_replica, seed)
-    for number in range(seeds):
-        spec = ClusterSpec(replicas, GIVEN, churn=Churn(), seed=seed + number)
-        yield _told(spec, workload, PIPELINE, say)
-
-
-def _told(
-    spec: ClusterSpec, workload: Workload, policy: Policy, say: Callable[[str], None]
-) -> SimulatedRun:
-    run = simulate(spec, workload, policy)
-    say(
-        f"{spec.replicas} replicas, {workload.name}, {policy.name}: {run.over_bound:.3f} x the "
-        f"bound, efficiency {run.efficiency:.3f}"
+    scale, tail, opened, queued, churn = _run_all(sections, processes, say)
+    return Study(
+        scale=[(size, *pair) for size, pair in zip(sizes, _pairs(scale), strict=True)],
+        tail=tail,
+        open_shards=dict(zip(open_shards, _pairs(opened), strict=True)),
+        queued_shards=dict(zip(queued_shards, _pairs(queued), strict=True)),
+        churn=[churn[first : first + seeds] for first in range(0, len(churn), seeds)],
     )
-    return run
+
+
+def _run_all(
+    sections: Sequence[Sequence[Case]], processes: int, say: Callable[[str], None]
+) -> list[list[SimulatedRun]]:
+    """Each section's runs, in its order; the largest are begun first."""
+    cases = [case for section in sections for case in section]
+    order = sorted(range(len(cases)), key=lambda number: -cases[number].rows)
+    runs: dict[int, SimulatedRun] = {}
+    with ProcessPoolExecutor(processes) as pool:
+        results = pool.map(_run, [cases[number] for number in order])
+        for number, run in zip(order, results, strict=True):
+            runs[number] = run
+            say(
+                f"{run.replicas} replicas, {run.engine} engine, {run.workload}, {run.policy}: "
+                f"{run.over_bound:.3f} x the bound, efficiency {run.efficiency:.3f}"
+            )
+    done = iter(range(len(cases)))
+    return [[runs[next(done)] for _ in section] for section in sections]
+
+
+def _run(case: Case) -> SimulatedRun:
+    return simulate(case.spec, case.kind(case.rows, case.seed), case.policy)
+
+
+def _pairs(runs: Sequence[SimulatedRun]) -> list[tuple[SimulatedRun, SimulatedRun]]:
+    return list(zip(runs[::2], runs[1::2], strict=True))

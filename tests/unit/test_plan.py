@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.plan import InputFile, Plan, fingerprint, make_plan
@@ -66,6 +66,7 @@ def test_shards_shrink_towards_the_end() -> None:
     assert found == sorted(found, reverse=True)
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 50_000), replicas=st.integers(1, 600), cap=st.integers(1, 1000))
 def test_a_shard_is_a_quarter_of_a_replicas_share_of_the_rest_but_no_crumb(
     rows: int, replicas: int, cap: int

@@ -122,7 +122,6 @@ def test_every_row_is_committed_once_and_no_bound_is_beaten(
         assert run.efficiency <= 1
         assert run.over_bound >= 1
         assert 0 <= run.first_admission < run.last_completion < run.makespan
-        assert bool(run.losses) == (churn is not None)
 
 
 def test_the_engines_did_exactly_the_rows_tokens() -> None:
@@ -154,6 +153,8 @@ def test_what_a_lost_replica_had_not_journaled_is_made_again() -> None:
     calm = simulate(replace(spec, churn=None), workload, PIPELINE)
     often = simulate(spec, workload, PIPELINE)
     never_journaled = simulate(replace(spec, journal_s=1e9), workload, PIPELINE)
+    assert not calm.losses
+    assert often.losses
     assert calm.redone_tokens == 0
     assert 0 < often.redone_tokens < never_journaled.redone_tokens
     assert calm.makespan < often.makespan < never_journaled.makespan

@@ -124,6 +124,15 @@ def test_every_row_is_committed_once_and_no_bound_is_beaten(
         assert 0 <= run.first_admission < run.last_completion < run.makespan
 
 
+def test_a_loss_while_shards_are_opened_or_committed_commits_none_twice() -> None:
+    slow_store = StoreModel(median_s=200.0)
+    churn = Churn(every_s=3000.0, boot_s=100.0)
+    spec = ClusterSpec(2, ENGINE, store=slow_store, churn=churn)
+    run = simulate(spec, log_normal(700, 1), replace(PIPELINE, open_shards=2))
+    assert run.losses
+    assert set(run.times_done) == {1}
+
+
 def test_the_engines_did_exactly_the_rows_tokens() -> None:
     workload = replace(log_normal(600, 1), prompt=np.zeros(600, np.int64))
     flat = replace(ENGINE, curve=((1, 1.0), (8, 1.0)), kv_tokens=10**9)

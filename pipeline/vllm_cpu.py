@@ -1,12 +1,16 @@
-"""vLLM plugin: makes expert parallelism and single image tiles work on vLLM's CPU backend.
+"""vLLM plugin: makes expert parallelism, single image tiles and seeds work on vLLM's CPU backend.
 
 vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``). Off
-the CPU platform it does nothing. On it, it replaces two methods of vLLM 0.32:
+the CPU platform it does nothing. On it, it replaces four methods of vLLM 0.32:
 
 - ``CPUUnquantizedExperts.apply`` ignores ``expert_map`` and hands global expert ids to a kernel
   that holds only this rank's experts, which segfaults. Here ids go through ``localize`` first.
 - ``Llama4UnfoldConvolution.forward`` hands oneDNN a transposed view, which it refuses when one
   tile is alone in the batch (``Expected a.stride(-1) == 1``). Here the view is made contiguous.
+- ``GPUModelRunner._bookkeeping_sync``, which the CPU's runner inherits, winds a row's generator
+  back where a prompt did not fit into one step and its sampled token is thrown away. CPU generators
+  cannot be wound back: the engine dies (``CPU Generator does not use offset``). Here, and in
+  ``_sample``, such rows' generators are out of sight, so nothing is drawn from them.
 
 Each is replaced only if the vLLM version is one this was run with and the method's source is what
 the replacement was written for; otherwise a warning says so and vLLM stays as it is. What was done
@@ -154,10 +158,32 @@ def with_contiguous_input(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def without_generators_of_unread_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of ``GPUModelRunner`` so that it sees generators of completing rows only.
+
+    The runner's ``discard_request_mask`` has, per row of the batch, whether its token is thrown
+    away as its prompt has not been read to the end.
+    """
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        generators = batch.generators
+        unread = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        hidden = {row: generators.pop(row) for row in unread if row in generators}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    return method
+
+
 def replacements() -> tuple[Replacement, ...]:
     """The methods to replace. Imports vLLM's modules, so it is called on the CPU platform only."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.models.mllama4 import Llama4UnfoldConvolution
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     return (
         Replacement(
@@ -178,6 +204,24 @@ def replacements() -> tuple[Replacement, ...]:
             lacks=("contiguous",),
             make=with_contiguous_input,
         ),
+        Replacement(
+            owner=GPUModelRunner,
+            method="_bookkeeping_sync",
+            has=(
+                "self.discard_request_mask.np[:num_reqs]",
+                "gen = self.input_batch.generators.get(int(i))",
+                "gen.set_offset(gen.get_offset() - 4)",
+            ),
+            lacks=(),
+            make=without_generators_of_unread_prompts,
+        ),
+        Replacement(
+            owner=GPUModelRunner,
+            method="_sample",
+            has=("sampling_metadata = self.input_batch.sampling_metadata", "self.sampler("),
+            lacks=("discard_request_mask",),
+            make=without_generators_of_unread_prompts,
+        ),
     )
 
 
@@ -191,7 +235,7 @@ def register() -> None:
     if not is_verified(vllm.__version__):
         logger.warning(
             "maverick-batch: vLLM %s is not one of the verified %s, nothing is replaced; expert "
-            "parallelism and single image tiles may crash on CPU",
+            "parallelism, single image tiles and seeds may crash on CPU",
             vllm.__version__,
             ", ".join(f"{prefix}*" for prefix in VERIFIED_VERSIONS),
         )

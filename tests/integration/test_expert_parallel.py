@@ -30,7 +30,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 ENGINE_TIMEOUT_S = 280  # a start takes 20-60 s, the rows a few seconds
 SCRIPT = "tests.integration.generate_tokens"
 PLUGIN_LINE = (
-    "maverick-batch: replaced CPUUnquantizedExperts.apply, Llama4UnfoldConvolution.forward"
+    "maverick-batch: replaced CPUUnquantizedExperts.apply, Llama4UnfoldConvolution.forward, "
+    "GPUModelRunner._bookkeeping_sync, GPUModelRunner._sample"
 )
 
 

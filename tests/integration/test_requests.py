@@ -33,7 +33,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 # A model that knows no JSON would put blanks where a grammar lets it, and never end.
 COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
-PROFILE = load_profile("mini-maverick-tp1", overrides={"structured_outputs_config": COMPACT})
+STEP_TOKENS = 512
+PROFILE = load_profile(
+    "mini-maverick-tp1",
+    overrides={"structured_outputs_config": COMPACT, "max_num_batched_tokens": STEP_TOKENS},
+)
 PERSON = {
     "type": "object",
     "properties": {
@@ -55,7 +59,9 @@ def replica() -> Iterator[Replica]:
     replica.shutdown()
 
 
-def run(replica: Replica, *requests: Mapping[str, Any]) -> list[list[Outcome]]:
+def run(
+    replica: Replica, *requests: Mapping[str, Any], prompt: str = "Say it."
+) -> list[list[Outcome]]:
     """The samples of each request, in order."""
     model = ModelSpec.from_engine_args(PROFILE.model, PROFILE.revision, PROFILE.engine_args)
     request = {name: name for name in ("prompt", "sampling")}
@@ -67,7 +73,7 @@ def run(replica: Replica, *requests: Mapping[str, Any]) -> list[list[Outcome]]:
         max_image_pixels=10**6,
         fetcher=ImageFetcher("file:///nowhere", 10**6, 4),
     )
-    rows = [{"prompt": "Say it.", "sampling": json.dumps(given)} for given in requests]
+    rows = [{"prompt": prompt, "sampling": json.dumps(given)} for given in requests]
     shard = Shard(0, "file:///nowhere/in.parquet", 0, len(rows))
     items = read_prepared(prepare_block(input_block(shard, pa.Table.from_pylist(rows)), spec=spec))
     outcomes = [outcome for batch in replica.generate(0, items) for outcome in batch]
@@ -197,3 +203,16 @@ def test_samples_of_one_row_have_a_seed_each_that_makes_them_again(replica: Repl
     assert len({sample.text for sample in done}) == 4
     (again,) = run(replica, {**wild, "seed": 13})
     assert completions(again)[0].text == done[2].text
+
+
+def test_a_prompt_that_is_read_in_several_steps_draws_the_same_tokens(replica: Replica) -> None:
+    """Alone it fits into one step; of thirty most do not, and their first draws are thrown away."""
+    prompt = "Say it again. " * (STEP_TOKENS * 3 // 4 // len("Say it again. "))
+    wild = {"temperature": 2, "structured_outputs": {"regex": "[a-z]{20}"}}
+    alone = [
+        completions(run(replica, {**wild, "seed": seed}, prompt=prompt)[0])[0].text
+        for seed in range(3)
+    ]
+    together = run(replica, *[{**wild, "seed": seed} for seed in range(30)], prompt=prompt)
+    assert [completions(samples)[0].text for samples in together][:3] == alone
+    assert replica.engine_restarts == 0

@@ -6,8 +6,10 @@ the real engine right is tests/integration/test_expert_parallel.py.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -194,3 +196,26 @@ def test_patches_are_contiguous_and_equal_to_the_transposed_view() -> None:
     forward = vllm_cpu.with_contiguous_input(lambda self, hidden_states: None)
     assert torch.equal(forward(layer, tile), tile.permute(0, 2, 1))
     assert layer.contiguous == [True]
+
+
+class StandInRunner:
+    """The runner's batch of four rows, of which all but the second have a generator."""
+
+    def __init__(self) -> None:
+        self.input_batch = SimpleNamespace(num_reqs=4, generators={0: "a", 2: "c", 3: "d"})
+        self.discard_request_mask = SimpleNamespace(np=np.array([False, True, True, False, True]))
+
+    def sample(self, fail: bool) -> dict[int, str]:
+        if fail:
+            raise ValueError
+        return dict(self.input_batch.generators)
+
+
+def test_generators_of_rows_whose_prompt_is_not_read_are_out_of_sight_and_come_back() -> None:
+    runner = StandInRunner()
+    sample = vllm_cpu.without_generators_of_unread_prompts(StandInRunner.sample)
+    assert sample(runner, fail=False) == {0: "a", 3: "d"}
+    assert runner.input_batch.generators == {0: "a", 2: "c", 3: "d"}
+    with pytest.raises(ValueError):
+        sample(runner, fail=True)
+    assert runner.input_batch.generators == {0: "a", 2: "c", 3: "d"}

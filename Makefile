@@ -29,7 +29,7 @@ test: setup  ## every test that needs no GPU
 chaos: setup  ## 30 kills over a run of 2,000 rows, and a verdict: about 40 minutes (CHAOS_ARGS=--help)
 	$(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
-simulate: setup  ## 1 to 512 replicas, simulated: docs/simulation.md, about 15 minutes
+simulate: setup  ## 1 to 512 replicas, simulated, and a check against real runs: docs/simulation.md
 	$(BIN)/python -m cluster.simulation --validate
 
 cluster-up: setup  ## start a mini-cluster that stays up (S3, Ray head, 2 nodes)

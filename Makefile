@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test chaos cluster-up cluster-status cluster-down nightly clean
+.PHONY: help setup quickstart check test chaos simulate cluster-up cluster-status cluster-down nightly clean
 CONFIG ?= jobs/configs/quickstart.yaml
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test: setup  ## every test that needs no GPU
 
 chaos: setup  ## 30 kills over a run of 2,000 rows, and a verdict: about 40 minutes (CHAOS_ARGS=--help)
 	$(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
+
+simulate: setup  ## 1 to 512 replicas, simulated, and a check against real runs: docs/simulation.md
+	$(BIN)/python -m cluster.simulation --validate
 
 cluster-up: setup  ## start a mini-cluster that stays up (S3, Ray head, 2 nodes)
 	@$(BIN)/python -m cluster.local up

@@ -7,9 +7,9 @@ Three wishes, and how they are traded:
 - *No barrier at a shard's end.* Samples are handed out in waves. A wave takes the older half of the
   shards that may be open; the younger ones wait, so that while the last rows of a wave run, the
   next has rows, and its shards' successors are on their way.
-- *The tail.* Within a wave a sample expected to take several times the median is a straggler:
-  stragglers go first, whatever their prefix, as a prefix computed again costs one prefill, and a
-  straggler that starts last leaves the engine empty for its whole length.
+- *The tail.* A sample expected to take several times its shard's median is a straggler: those of
+  all open shards go first, whatever their prefix, as a prefix computed again costs one prefill, and
+  a straggler that starts last leaves the engine empty for its whole length.
 - *The prefix cache.* All others go by prefix: samples that share at least half of their prompt are
   neighbours, across all shards of the wave, and neighbouring groups share what they can. Within a
   group, and among samples that share nothing, the longest expected go first, by powers of two, so
@@ -31,10 +31,14 @@ from typing import Generic, TypeVar
 import numpy as np
 
 _STRAGGLER = 4.0
-"""Times the median of a wave's expected lengths beyond which a sample is a straggler."""
+"""Times the median of a shard's expected lengths beyond which a sample is a straggler."""
 _BYTES_PER_TOKEN = 4
 _LEAST_SHARED_TOKENS = 32
 """A chat template's own first tokens are shared by all rows, and cost next to nothing."""
+_PROMPT_TOKENS_PER_STEP = 128
+"""Prompt tokens that take an engine about as long as one decode step, roughly: for an order."""
+_UNBOUNDED_STEPS = 2**16
+"""What a sample without a limit of its own may take."""
 
 T = TypeVar("T")
 
@@ -55,6 +59,12 @@ def prefix_key(token_ids: Sequence[int]) -> bytes:
     return np.asarray(token_ids, np.int32).tobytes()
 
 
+def expected_steps(prompt_tokens: int, most_completion_tokens: int | None) -> float:
+    """The most decode steps a sample may take, its prompt converted into such."""
+    limit = most_completion_tokens or _UNBOUNDED_STEPS
+    return limit + prompt_tokens / _PROMPT_TOKENS_PER_STEP
+
+
 class Backlog(Generic[T]):
     """The samples of a replica's open shards that wait for the engine."""
 
@@ -65,19 +75,29 @@ class Backlog(Generic[T]):
         self._shards_per_wave = max(1, open_shards // 2)
         self._shards: deque[list[Waiting[T]]] = deque()
         self._wave: deque[T] = deque()
+        self._stragglers: list[Waiting[T]] = []
+        """The longest expected last."""
         self._last_prefix = b""
 
     def __len__(self) -> int:
         """Samples that wait."""
-        return len(self._wave) + sum(map(len, self._shards))
+        return len(self._stragglers) + len(self._wave) + sum(map(len, self._shards))
 
     def add(self, samples: Sequence[Waiting[T]]) -> None:
         """Take in the samples of one shard, in input order."""
-        if samples:
-            self._shards.append(list(samples))
+        if not samples:
+            return
+        limit = _STRAGGLER * median_low(item.expected for item in samples)
+        stragglers = [item for item in samples if item.expected > limit]
+        if stragglers:
+            self._stragglers += stragglers
+            self._stragglers.sort(key=lambda item: (item.expected, item.prefix))
+        self._shards.append([item for item in samples if item.expected <= limit])
 
     def pop(self) -> T | None:
         """The sample to go next; None if none waits."""
+        if self._stragglers:
+            return self._stragglers.pop().sample
         if not self._wave:
             self._next_wave()
         return self._wave.popleft() if self._wave else None
@@ -92,16 +112,12 @@ class Backlog(Generic[T]):
 
 
 def _ordered(wave: Sequence[Waiting[T]], last_prefix: bytes) -> list[Waiting[T]]:
-    limit = _STRAGGLER * median_low(item.expected for item in wave)
-    stragglers = [item for item in wave if item.expected > limit]
-    stragglers.sort(key=lambda item: (-item.expected, item.prefix))
-    others = [item for item in wave if item.expected <= limit]
-    groups = _groups(others)
+    groups = _groups(wave)
     first = _hottest(groups, last_prefix)
     grouped = [item for group in groups[first:] + groups[:first] for item in _longest_first(group)]
     in_groups = set(map(id, grouped))
-    alone = [item for item in others if id(item) not in in_groups]
-    return [*stragglers, *grouped, *_longest_first(alone)]
+    alone = [item for item in wave if id(item) not in in_groups]
+    return [*grouped, *_longest_first(alone)]
 
 
 def _groups(items: Sequence[Waiting[T]]) -> list[list[Waiting[T]]]:

@@ -2,8 +2,8 @@
 
 In: what the input's files hold (of JSONL, also where each row starts). Out: ``Plan``, the list of
 shards. A shard is a range of rows of one file: one read task, one block, one output part, one
-commit. Shards are capped in rows and bytes, and shrink towards the end of the input so that the
-last ones finish together.
+commit. Shards are capped in rows and bytes, and shrink towards the end of the input, by the number
+of replicas that work on them, so that these finish together.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-_TAIL_DIVISOR = 16
-"""A shard takes at most 1/16 of the rows still to plan: the tail's last shards are small."""
+_TAIL_SHARDS = 4
+"""A shard is at most a quarter of one replica's share of the rows still to plan (guided
+self-scheduling), so those that are done early take more of the small ones: docs/simulation.md."""
 _MIN_ROWS = 32
-"""No shard is cut below this for the tail's sake: each costs a PUT and a footer."""
+"""No shard is cut below this for the tail's sake: each costs a PUT and a footer, and all that a
+replica has open must still fill its engine."""
 _SECONDS = re.compile(r"\d{1,11}\.\d+")
 """A version that is a modification time: seconds since 1970. ETags have no point."""
 
@@ -138,6 +140,7 @@ def make_plan(
     *,
     shard_rows: int,
     shard_bytes: int,
+    replicas: int = 1,
     offsets: Mapping[str, Offsets] | None = None,
 ) -> Plan:
     """Cut ``files``, in the order given, into shards.
@@ -149,9 +152,10 @@ def make_plan(
         shard_rows: most rows in a shard.
         shard_bytes: most bytes in a shard: exactly of JSONL, by the rows' average of Parquet. A
             row that is larger is a shard by itself.
+        replicas: how many will work on it: towards the end, each shard is their share of the rest.
         offsets: of each JSONL file, where its rows start.
     """
-    shards = list(_cut(files, shard_rows, shard_bytes, offsets or {}))
+    shards = list(_cut(files, shard_rows, shard_bytes, replicas, offsets or {}))
     if not shards and files:
         shards = [Shard(0, files[0].uri, 0, 0)]
     return Plan(tuple(files), tuple(shards))
@@ -179,6 +183,7 @@ def _cut(
     files: Sequence[InputFile],
     shard_rows: int,
     shard_bytes: int,
+    replicas: int,
     offsets: Mapping[str, Offsets],
 ) -> Iterator[Shard]:
     index = 0
@@ -188,7 +193,7 @@ def _cut(
         bounds = None if starts is None else np.append(starts, file.size)
         first = 0
         while first < file.rows:
-            by_tail = max(_MIN_ROWS, left // _TAIL_DIVISOR)
+            by_tail = max(_MIN_ROWS, left // (_TAIL_SHARDS * replicas))
             by_bytes = _rows_within(shard_bytes, file, first, bounds)
             rows = min(shard_rows, by_bytes, by_tail, file.rows - first)
             span = () if bounds is None else (int(bounds[first]), int(bounds[first + rows]))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pipeline.admission import AdmissionWindow, EngineLoad
-from pipeline.backlog import Backlog, Waiting, prefix_key
+from pipeline.backlog import Backlog, Waiting, expected_steps, prefix_key
 from pipeline.cpu import Meter, Step, thread_laps
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
@@ -33,12 +33,10 @@ from pipeline.tool_calls import read_calls
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 8
-"""Shards a replica works on at a time: while the last rows of some end, others fill the window."""
-_PROMPT_TOKENS_PER_STEP = 128
-"""Prompt tokens that take an engine about as long as one decode step, roughly: for an order."""
-_UNBOUNDED_STEPS = 2**16
-"""What a sample without a limit of its own may take."""
+OPEN_SHARDS = 16
+"""Shards a replica works on at a time: while the last rows of some end, others fill the window.
+With fewer, a few long rows in each leave the engine empty; with more, the end of a run is bound to
+replicas too early (docs/simulation.md)."""
 _SHUTDOWN_S = 30.0  # vLLM's processes end within seconds; longer means they hang
 _START_TRIES = 2
 _START_PAUSE_S = 2.0
@@ -142,7 +140,7 @@ class Replica:
         work = _Work(self._limits.flush_rows)
         work.add([i for i in items if isinstance(i, Failure) and i.key not in known])
         waiting = [
-            Waiting((work, (shard, item.input_row, index), item), prefix, _expected_steps(item))
+            Waiting((work, (shard, item.input_row, index), item), prefix, _expected(item))
             for item in items
             if isinstance(item, Prepared)
             for prefix in (prefix_key(item.token_ids),)
@@ -524,10 +522,8 @@ class _Life:
             self._inside.pop(key, None)
 
 
-def _expected_steps(item: Prepared) -> float:
-    """The most decode steps a sample may take, its prompt converted into such."""
-    limit = item.sampling.max_completion_tokens or _UNBOUNDED_STEPS
-    return limit + item.prompt_tokens / _PROMPT_TOKENS_PER_STEP
+def _expected(item: Prepared) -> float:
+    return expected_steps(item.prompt_tokens, item.sampling.max_completion_tokens)
 
 
 def _request(key: Key, item: Prepared) -> EngineRequest:

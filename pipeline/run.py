@@ -184,6 +184,7 @@ def open_run(
         found.files,
         shard_rows=limits.shard_rows,
         shard_bytes=limits.shard_bytes,
+        replicas=config.engine.replicas,
         offsets=found.row_offsets(),
     )
     manifest = {"id": uuid.uuid4().hex, **wanted}

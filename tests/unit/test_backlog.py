@@ -110,5 +110,13 @@ def test_a_shard_that_comes_late_waits_for_the_wave_to_end() -> None:
     backlog: Backlog[object] = Backlog(open_shards=2)
     backlog.add([waiting("first", prompt(1, row)) for row in range(3)])
     found = [backlog.pop()]
-    backlog.add([waiting("second", prompt(1, 9), 5000)])
+    backlog.add([waiting("second", prompt(1, 9))])
     assert found + order(backlog) == ["first", "first", "first", "second"]
+
+
+def test_the_stragglers_of_a_shard_that_comes_late_do_not_wait() -> None:
+    backlog: Backlog[object] = Backlog(open_shards=2)
+    backlog.add([waiting("first", prompt(1, row)) for row in range(3)])
+    found = [backlog.pop()]
+    backlog.add([*[waiting("second", prompt(1, 9))] * 3, waiting("long", prompt(3, 3), 5000)])
+    assert [*found, *order(backlog)][:4] == ["first", "long", "first", "first"]

@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.plan import InputFile, Plan, fingerprint, make_plan
 
@@ -28,7 +30,12 @@ def covered(plan: Plan) -> dict[str, list[int]]:
 def test_every_row_of_every_file_is_in_exactly_one_shard(seed: int) -> None:
     dice = random.Random(seed)
     files = [file(f"f{i}", dice.choice([0, 1, 5, 700, 3000])) for i in range(dice.randint(1, 6))]
-    plan = make_plan(files, shard_rows=dice.choice([1, 7, 512]), shard_bytes=2**20)
+    plan = make_plan(
+        files,
+        shard_rows=dice.choice([1, 7, 512]),
+        shard_bytes=2**20,
+        replicas=dice.choice([1, 8, 512]),
+    )
     rows = covered(plan)
     for each in files:
         assert rows.get(each.uri, []) == list(range(each.rows))
@@ -47,17 +54,43 @@ def test_a_row_larger_than_the_byte_cap_still_gets_a_shard() -> None:
     assert [shard.rows for shard in plan.shards] == [1, 1, 1]
 
 
+def sizes(rows: int, replicas: int) -> list[int]:
+    plan = make_plan([file("a", rows)], shard_rows=512, shard_bytes=2**30, replicas=replicas)
+    return [shard.rows for shard in plan.shards]
+
+
 def test_shards_shrink_towards_the_end() -> None:
-    shards = make_plan([file("a", 20_000)], shard_rows=512, shard_bytes=2**30).shards
-    sizes = [shard.rows for shard in shards]
-    assert sizes[0] == 512
-    assert sizes[-2] <= 32
-    assert sizes == sorted(sizes, reverse=True)
+    found = sizes(20_000, replicas=1)
+    assert found[0] == 512
+    assert found[-2] <= 32
+    assert found == sorted(found, reverse=True)
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 50_000), replicas=st.integers(1, 600), cap=st.integers(1, 1000))
+def test_a_shard_is_a_quarter_of_a_replicas_share_of_the_rest_but_no_crumb(
+    rows: int, replicas: int, cap: int
+) -> None:
+    plan = make_plan([file("a", rows)], shard_rows=cap, shard_bytes=2**40, replicas=replicas)
+    left = rows
+    for shard in plan.shards:
+        assert shard.rows == min(cap, max(32, left // (4 * replicas)), left)
+        left -= shard.rows
+    assert left == 0
+
+
+def test_more_replicas_get_more_shards_from_the_same_input() -> None:
+    counts = [len(sizes(100_000, replicas)) for replicas in (1, 8, 64)]
+    assert counts == sorted(set(counts))
+    assert max(sizes(100_000, 64)) == 100_000 // (4 * 64)
 
 
 def test_ten_million_rows_are_planned_in_a_blink_and_saved_compactly() -> None:
     plan = make_plan(
-        [file(f"f{i}", 10_000) for i in range(1000)], shard_rows=512, shard_bytes=2**30
+        [file(f"f{i}", 10_000) for i in range(1000)],
+        shard_rows=512,
+        shard_bytes=2**30,
+        replicas=512,
     )
     assert plan.rows == 10_000_000
     assert len(plan.to_json()) < 2_000_000

@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test chaos cluster-up cluster-status cluster-down nightly clean
+.PHONY: help setup quickstart check test chaos bench cluster-up cluster-status cluster-down nightly clean
 CONFIG ?= jobs/configs/quickstart.yaml
 
 help:  ## list the targets
@@ -28,6 +29,9 @@ test: setup  ## every test that needs no GPU
 
 chaos: setup  ## 30 kills over a run of 2,000 rows, and a verdict: about 40 minutes (CHAOS_ARGS=--help)
 	$(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
+
+bench: setup  ## measure beside vLLM and ray.data.llm: some hours, can be cut short (BENCH_ARGS=--help)
+	@$(BIN)/python -m jobs.bench $(BENCH_ARGS)
 
 cluster-up: setup  ## start a mini-cluster that stays up (S3, Ray head, 2 nodes)
 	@$(BIN)/python -m cluster.local up

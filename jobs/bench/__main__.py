@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from jobs.bench.machine import code, gpus, machine
 from jobs.bench.measure import measure, prepare
 from jobs.bench.results import Measurement, Setting, Store, of_setting, same_work
 from jobs.bench.workloads import WORKLOADS, Workload
-from pipeline.errors import PipelineError
+from jobs.cli import Interrupted, raise_interrupted
+from pipeline.errors import ExitCode, PipelineError
 from pipeline.profile import REPO_ROOT
 
 _DOCS = REPO_ROOT / "docs"
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, then tell; returns the exit code."""
     arguments = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, raise_interrupted)  # children are ended on the way out
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     console = Console(stderr=True)
     out: Path = arguments.out.absolute()
@@ -62,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         console.print(str(error), markup=False, style="red")
         return 1
+    except (Interrupted, KeyboardInterrupt):
+        console.print("stopped; the same command goes on with what is left")
+        return ExitCode.INTERRUPTED
     found = store.read()
     report.write(found, _DOCS)
     console.print(report.console_table(found))

@@ -242,9 +242,11 @@ def _run_batch(prepared: Prepared, rows: Sequence[Row]) -> Done:
     source.write_text("".join(line + "\n" for line in lines))
     answers = prepared.folder / f"{contender}-{len(rows)}.answers.jsonl"
     answers.unlink(missing_ok=True)
-    vllm = str(Path(sys.executable).with_name("vllm"))
-    command = [vllm, "run-batch", "-i", str(source), "-o", str(answers), "--model", prepared.model]
-    seconds = _child(prepared, contender, [*command, *flags(prepared.profile.engine_args)], {})
+    # what `vllm run-batch` calls; that script of the CPU build fails on its own version
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch"]
+    command += ["-i", str(source), "-o", str(answers), "--model", prepared.model]
+    command += flags(prepared.profile.engine_args)
+    seconds = _child(prepared, contender, command, {})
     return read_answers(answers.read_text("utf-8"), seconds)
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from cluster.install import TORCH_CPU_INDEX, index_answers
 from cluster.repair import RepairError, SubprocessProber, VenvMender, repair
 from jobs.bench.run_ray_llm_tuning import OLD_VLLM
+from jobs.bench.single_tile import ENTRY_POINT, GROUP
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
 _READY = "ready"
+_PLUGIN = "maverick_batch_bench"
 
 
 class VenvError(PipelineError):
@@ -50,5 +52,16 @@ def ensure(folder: Path) -> Path:
         repair(SubprocessProber(python), VenvMender(python), log.info)
     except RepairError as error:
         raise VenvError(str(error)) from error
+    _add_plugin(python)
     (folder / _READY).touch()
     return python
+
+
+def _add_plugin(python: Path) -> None:
+    """An entry point without a package: its module comes from this project, by ``PYTHONPATH``."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    folder = Path(done.stdout.strip()) / f"{_PLUGIN}-1.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {_PLUGIN}\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{ENTRY_POINT}\n")

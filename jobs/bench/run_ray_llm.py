@@ -115,9 +115,10 @@ def timed(stage: Any, task: EngineTask) -> Any:
 
 def configuration(task: EngineTask) -> Any:
     """Ray's configuration: what it cannot do without here, and what makes it faster."""
+    quiet = {"disable_log_stats": True} if task.tuned else {}
     needed = {
         "model_source": task.model,
-        "engine_kwargs": dict(task.engine_args),
+        "engine_kwargs": {**task.engine_args, **quiet},
         "log_engine_metrics": False,  # wants ray[serve]
         "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
         "prepare_multimodal_stage": {"enabled": task.has_images},

@@ -9,6 +9,6 @@ CONCURRENT_BATCHES = 16
 DESCRIPTION = f"""\
 `batch_size={BATCH_SIZE}` and `max_concurrent_batches={CONCURRENT_BATCHES}` (a batch leaves with its
 slowest row, so many small ones: 256 rows for 64 sequences), as many batches at a time inside its
-actor (`RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY`, 4 by default), final outputs only, and no
-second detokenisation"""
+actor (`RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY`, 4 by default), final outputs only, no
+statistics after each batch, and no second detokenisation"""
 ENVIRONMENT = {"RAY_DATA_DEFAULT_ASYNC_BATCH_UDF_MAX_CONCURRENCY": str(CONCURRENT_BATCHES)}

@@ -12,7 +12,7 @@ from jobs.bench.__main__ import turns
 from jobs.bench.contenders import Contender
 from jobs.bench.llama4_slice import profile_document, sliced
 from jobs.bench.measure import BenchError, difference, end_tokens, flags, read_answers
-from jobs.bench.report import document, ratio_rows
+from jobs.bench.report import document, draw, ratio_rows
 from jobs.bench.requests import Done, batch_line, messages, sampling_arguments
 from jobs.bench.results import (
     Measurement,
@@ -219,6 +219,16 @@ def test_the_report_tells_ratios_targets_and_what_has_not_run() -> None:
 
 def test_the_report_of_nothing_says_so() -> None:
     assert "Nothing has been measured yet" in document([])
+
+
+def test_the_picture_is_the_same_file_each_time(tmp_path: Path) -> None:
+    groups = {who: {0: measured(who, 0, 5.0)} for who in (Contender.PIPELINE, Contender.LLM)}
+    ratios = {"text": ratio_rows(WORKLOADS["text"], groups)}
+    first, second = tmp_path / "a.svg", tmp_path / "b.svg"
+    draw(ratios, first)
+    draw(ratios, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert "text: vllm-llm" in first.read_text()
 
 
 def test_stamps_span_first_entry_to_last_exit(tmp_path: Path) -> None:

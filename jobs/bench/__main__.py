@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jobs.bench import report
 from jobs.bench.contenders import Contender
 from jobs.bench.machine import code, gpus, machine
-from jobs.bench.measure import measure, prepare
+from jobs.bench.measure import BenchError, measure, prepare
 from jobs.bench.results import Measurement, Setting, Store, of_setting, same_work
 from jobs.bench.workloads import WORKLOADS, Workload
 from jobs.cli import Interrupted, raise_interrupted
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.profile import REPO_ROOT
 
+NULL = "null"
+"""The workload without an engine; what it measures is not compared with anyone."""
 _DOCS = REPO_ROOT / "docs"
 
 
@@ -35,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--workload",
         action="append",
-        choices=sorted(WORKLOADS),
+        choices=[*WORKLOADS, NULL],
         help="what to run (repeatable; default: all that this machine can)",
     )
     made.add_argument("--contenders", default="", help="comma-separated; default: all")
@@ -62,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for workload in _workloads(arguments.workload):
                 count = arguments.rows or workload.rows
                 _bench(workload, count, arguments.rounds, wanted, out, store, console)
+            if not arguments.workload or NULL in arguments.workload:
+                _ceilings(arguments.rows, out)
     except PipelineError as error:
         console.print(str(error), markup=False, style="red")
         return 1
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("stopped; the same command goes on with what is left")
         return ExitCode.INTERRUPTED
     found = store.read()
-    report.write(found, _DOCS)
+    report.write(found, out, _DOCS)
     console.print(report.console_table(found))
     console.print(f"written: {_DOCS / report.REPORT}", markup=False)
     return 0
@@ -112,6 +117,19 @@ def _bench(
     _warn_of_other_work(of_setting(store.read(), setting), console)
 
 
+def _ceilings(rows: int | None, out: Path) -> None:
+    """The pipeline alone, with an engine that answers at once.
+
+    Raises:
+        BenchError: a run failed; it has said why on stderr.
+    """
+    for name in report.CEILINGS:
+        command = [sys.executable, "-m", "jobs.bench.ceiling", "--workload", name]
+        command += ["--out", str(out), *(["--rows", str(rows)] if rows else [])]
+        if subprocess.run(command, cwd=REPO_ROOT, check=False).returncode != 0:
+            raise BenchError(f"the null engine's {name} run failed")
+
+
 def _line(one: Measurement) -> str:
     return (
         f"{one.setting.workload} {one.contender} round {one.round + 1}: "
@@ -130,7 +148,7 @@ def _warn_of_other_work(groups: dict[Contender, dict[int, Measurement]], console
 
 def _workloads(names: Sequence[str] | None) -> list[Workload]:
     if names:
-        return [WORKLOADS[name] for name in names]
+        return [WORKLOADS[name] for name in names if name != NULL]
     here = bool(gpus())
     return [workload for workload in WORKLOADS.values() if here or not workload.needs_gpu]
 

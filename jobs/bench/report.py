@@ -5,8 +5,11 @@ Pure but for ``write``. Ratios stand in front, times are not told: they belong t
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -27,6 +30,9 @@ from jobs.bench.workloads import WORKLOADS, Workload
 
 REPORT = "benchmarks.md"
 PICTURE = "benchmarks.svg"
+MEMORY_PICTURE = "ceiling-memory.svg"
+CEILINGS = {"text": 3000, "images": 400, "memory": None}
+"""What ``jobs.bench.ceiling`` runs, and the least rows a second on two cores."""
 ENOUGH_ROUNDS = 3
 
 _ROUNDS = dict[Contender, dict[int, Measurement]]
@@ -64,8 +70,8 @@ compares two versions of vLLM.
 """
 
 
-def document(found: Sequence[Measurement]) -> str:
-    """All of ``docs/benchmarks.md``."""
+def document(found: Sequence[Measurement], ceilings: Mapping[str, Any]) -> str:
+    """All of ``docs/benchmarks.md``; ``ceilings`` as ``read_ceilings`` gives them."""
     settings = latest_settings(found)
     groups = {name: of_setting(found, setting) for name, setting in settings.items()}
     known = [name for name in WORKLOADS if name in settings]
@@ -74,6 +80,7 @@ def document(found: Sequence[Measurement]) -> str:
         f"![Ratios]({PICTURE})\n" if known else "",
         _ratios([(WORKLOADS[name], settings[name], groups[name]) for name in known]),
         _prefix_cache(groups.get("prefixes", {})),
+        _ceiling(ceilings),
         _not_run([name for name in WORKLOADS if name not in settings]),
         definitions(),
         _setup(settings.values(), [one for name in known for one in _all(groups[name])]),
@@ -133,9 +140,19 @@ def console_table(found: Sequence[Measurement]) -> Table:
     return table
 
 
-def write(found: Sequence[Measurement], docs: Path) -> None:
-    """``docs/benchmarks.md`` and its picture."""
-    (docs / REPORT).write_text(document(found), encoding="utf-8")
+def read_ceilings(out: Path) -> dict[str, Any]:
+    """What ``jobs.bench.ceiling`` left in ``out``, by its workload."""
+    files = (out / f"ceiling-{name}.json" for name in CEILINGS)
+    documents = (json.loads(path.read_text("utf-8")) for path in files if path.exists())
+    return {document["workload"]: document for document in documents}
+
+
+def write(found: Sequence[Measurement], out: Path, docs: Path) -> None:
+    """``docs/benchmarks.md`` and its pictures, of what is stored in ``out``."""
+    ceilings = read_ceilings(out)
+    (docs / REPORT).write_text(document(found, ceilings), encoding="utf-8")
+    if "memory" in ceilings:
+        shutil.copy(out / MEMORY_PICTURE, docs / MEMORY_PICTURE)
     known = latest_settings(found)
     if known:
         ratios = {
@@ -200,6 +217,39 @@ def _prefix_cache(groups: _ROUNDS) -> str:
         f"over sorted, of the medians: **{shuffled.middle / in_order.middle:.3f}** "
         "(target 0.95).\n"
     )
+
+
+def _ceiling(found: Mapping[str, Any]) -> str:
+    """Rows a second and CPU by step with an engine that answers at once; memory of a long run."""
+    costs = [found[name] for name in ("text", "images") if name in found]
+    if not found:
+        return ""
+    lines = [
+        "## The pipeline's own ceiling\n",
+        "With an engine that answers at once (`python -m jobs.bench --workload null`).\n",
+    ]
+    if costs:
+        lines += [
+            "| rows | rows a second | target | CPU s per 1,000 rows, by step | whole | accounted |",
+            "|---|---|---|---|---|---|",
+        ]
+    for cost in costs:
+        name = cost["workload"]
+        steps = cost["cpu_s_per_1000_rows"].items()
+        told = ", ".join(f"{step} {seconds:.3f}" for step, seconds in steps)
+        lines.append(
+            f"| {cost['rows']:,} {name} | {cost['rows_per_s']:,} | >= {CEILINGS[name]:,} | {told} "
+            f"| {cost['whole']:.3f} | {cost['accounted']:.0%} |"
+        )
+    if "memory" in found:
+        memory = found["memory"]
+        growth = memory["mib_per_100k_rows"].items()
+        told = ", ".join(f"{kind} {mib:+.1f}" for kind, mib in growth)
+        lines.append(
+            f"\nMemory over {memory['rows']:,} rows, MiB grown per 100,000 rows after the first "
+            f"quarter: {told}.\n\n![Memory]({MEMORY_PICTURE})"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _not_run(names: Sequence[str]) -> str:

@@ -208,7 +208,7 @@ def test_a_small_trial_does_not_replace_a_measurement() -> None:
 def test_the_report_tells_ratios_targets_and_what_has_not_run() -> None:
     found = [measured(Contender.PIPELINE, n, 10.0) for n in range(3)]
     found += [measured(Contender.LLM, n, 9.9) for n in range(3)]
-    text = document(found)
+    text = document(found, {})
     row = "| text | 1024 | `vllm-llm` | 0.990 **0.990** 0.990 | 3 | >= 0.98 | reached |"
     assert row in text
     assert "2 x a processor" in text
@@ -217,8 +217,24 @@ def test_the_report_tells_ratios_targets_and_what_has_not_run() -> None:
     assert "needs a GPU, and has not run" in text
 
 
+def test_the_report_tells_the_ceiling() -> None:
+    cost = {
+        "workload": "images",
+        "rows": 4000,
+        "rows_per_s": 410.5,
+        "cpu_s_per_1000_rows": {"read": 0.5, "driver": 0.25},
+        "whole": 0.8,
+        "accounted": 0.94,
+    }
+    memory = {"workload": "memory", "rows": 1_000_000, "mib_per_100k_rows": {"driver": 0.3}}
+    text = document([], {"images": cost, "memory": memory})
+    row = "| 4,000 images | 410.5 | >= 400 | read 0.500, driver 0.250 | 0.800 | 94% |"
+    assert row in text
+    assert "driver +0.3" in text
+
+
 def test_the_report_of_nothing_says_so() -> None:
-    assert "Nothing has been measured yet" in document([])
+    assert "Nothing has been measured yet" in document([], {})
 
 
 def test_the_picture_is_the_same_file_each_time(tmp_path: Path) -> None:

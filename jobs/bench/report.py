@@ -66,7 +66,8 @@ does all of that on the clock, as its one call does it.
 metrics of Ray Serve, 8 logical CPUs, so that its stages do not wait for each other). Tuned means
 {tuning}.
 For images it needs an older vLLM, `{old}`, in a venv that the benchmark makes; that ratio
-compares two versions of vLLM.
+compares two versions of vLLM, and its prompts begin with a second start token, as its engine adds
+one to the template's.
 """
 
 

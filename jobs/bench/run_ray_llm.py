@@ -121,7 +121,11 @@ def configuration(task: EngineTask) -> Any:
         "engine_kwargs": {**task.engine_args, **quiet},
         "log_engine_metrics": False,  # wants ray[serve]
         "placement_group_config": {"bundle_per_worker": {"CPU": 1}},
-        "prepare_multimodal_stage": {"enabled": task.has_images},
+        # by default it would part image and text by a line break that the others do not have
+        "prepare_multimodal_stage": {
+            "enabled": task.has_images,
+            "chat_template_content_format": "openai",
+        },
         # a placeholder of an image is a token id only after vLLM's own processor
         "tokenize_stage": {"enabled": not task.has_images},
     }

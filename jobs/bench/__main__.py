@@ -59,17 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     out: Path = arguments.out.absolute()
     store = Store(out / "results.jsonl")
+    failed = 0
     try:
         if not arguments.report:
             wanted = _contenders(arguments.contenders)
             for workload in _workloads(arguments.workload):
                 count = arguments.rows or workload.rows
-                _bench(workload, count, arguments.rounds, wanted, out, store, console)
+                failed += _bench(workload, count, arguments.rounds, wanted, out, store, console)
             if not arguments.workload or NULL in arguments.workload:
                 _ceilings(arguments.rows, out)
     except PipelineError as error:
         console.print(str(error), markup=False, style="red")
-        return 1
+        return ExitCode.FAILED
     except (Interrupted, KeyboardInterrupt):
         console.print("stopped; the same command goes on with what is left")
         return ExitCode.INTERRUPTED
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write(found, out, _DOCS)
     console.print(report.console_table(found))
     console.print(f"written: {_DOCS / report.REPORT}", markup=False)
-    return 0
+    if failed:
+        console.print(f"{failed} measurements failed; the same command takes them again")
+    return ExitCode.FAILED if failed else ExitCode.DONE
 
 
 def turns(contenders: Sequence[Contender], rounds: int) -> list[tuple[int, Contender]]:
@@ -97,24 +100,32 @@ def _bench(
     out: Path,
     store: Store,
     console: Console,
-) -> None:
+) -> int:
+    """Take what is not taken yet; returns how many failed, which does not stop the others."""
     setting = Setting(workload.name, count, code(), machine())
     contenders = [who for who in workload.contenders if not wanted or who in wanted]
     done = of_setting(store.read(), setting)
     left = [(n, who) for n, who in turns(contenders, rounds) if n not in done.get(who, {})]
     if not left:
-        return
+        return 0
+    failed = 0
     prepared = prepare(workload, count, out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(workload.name, total=len(left))
         for number, contender in left:
             progress.update(task, description=f"{workload.name}, round {number + 1}: {contender}")
-            one = measure(prepared, contender, number, setting, out)
-            store.add(one)
-            progress.console.print(_line(one), markup=False)
+            try:
+                one = measure(prepared, contender, number, setting, out)
+            except BenchError as error:
+                failed += 1
+                progress.console.print(str(error), markup=False, style="red")
+            else:
+                store.add(one)
+                progress.console.print(_line(one), markup=False)
             progress.advance(task)
     _warn_of_other_work(of_setting(store.read(), setting), console)
+    return failed
 
 
 def _ceilings(rows: int | None, out: Path) -> None:

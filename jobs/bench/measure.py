@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from cluster import processes
-from jobs.bench import llama4_slice, ray_llm_venv, run_ray_llm_tuning
+from jobs.bench import llama4_slice, ray_llm_tuning, ray_llm_venv
 from jobs.bench.contenders import Contender
 from jobs.bench.machine import versions
 from jobs.bench.requests import Done, EngineTask, batch_line
@@ -39,6 +39,7 @@ SLOPE_EVERY = 4
 """The smaller of run-batch's two sizes has every fourth row: the same mix of lengths."""
 _LAST_LINES = 15
 _MARKER = "BENCH_CHILD"
+_RAY = (Contender.RAY_LLM, Contender.RAY_LLM_TUNED)
 
 
 class BenchError(PipelineError):
@@ -130,12 +131,9 @@ def measure(
 def versions_of(contender: Contender, *, has_images: bool) -> dict[str, str]:
     """Of this environment, but for the vLLM of Ray's image stage."""
     if contender in _RAY and has_images:
-        package, _, number = run_ray_llm_tuning.OLD_VLLM.partition("==")
+        package, _, number = ray_llm_tuning.OLD_VLLM.partition("==")
         return {**versions(), package: number}
     return versions()
-
-
-_RAY = (Contender.RAY_LLM, Contender.RAY_LLM_TUNED)
 
 
 def _run(prepared: Prepared, contender: Contender, out: Path) -> tuple[Done, Done]:
@@ -204,7 +202,7 @@ def _run_module(prepared: Prepared, contender: Contender, module: str, python: s
     )
     told = prepared.folder / f"{contender}.task.json"
     told.write_text(json.dumps(asdict(task)))
-    extra = run_ray_llm_tuning.ENVIRONMENT if task.tuned else {}
+    extra = ray_llm_tuning.ENVIRONMENT if task.tuned else {}
     _child(prepared, contender, [python, "-m", module, str(told)], extra)
     return Done(**json.loads(result.read_text()))
 

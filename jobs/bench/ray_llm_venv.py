@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster.install import TORCH_CPU_INDEX, index_answers
 from cluster.repair import RepairError, SubprocessProber, VenvMender, repair
-from jobs.bench.run_ray_llm_tuning import OLD_VLLM
+from jobs.bench.ray_llm_tuning import OLD_VLLM
 from jobs.bench.single_tile import ENTRY_POINT, GROUP
 from pipeline.errors import PipelineError
 

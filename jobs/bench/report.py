@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jobs.bench import run_ray_llm_tuning as tuning
+from jobs.bench import ray_llm_tuning as tuning
 from jobs.bench.contenders import CLOCKS, DESCRIPTIONS, Contender
 from jobs.bench.results import (
     Measurement,

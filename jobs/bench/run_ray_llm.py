@@ -22,6 +22,7 @@ import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
+from jobs.bench.ray_llm_tuning import BATCH_SIZE, CONCURRENT_BATCHES
 from jobs.bench.requests import (
     WARM_UP_REQUESTS,
     WARM_UP_TOKENS,
@@ -31,7 +32,6 @@ from jobs.bench.requests import (
     sampling_arguments,
     with_data_url,
 )
-from jobs.bench.run_ray_llm_tuning import BATCH_SIZE, CONCURRENT_BATCHES
 from jobs.bench.stamps import Stamps, read_seconds
 
 LOGICAL_CPUS = 8

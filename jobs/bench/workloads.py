@@ -34,8 +34,8 @@ TAIL_EVERY = 50
 """2 % of the rows are ``TAIL_FACTOR`` times longer."""
 TAIL_FACTOR = 30
 PREFIXES = 16
-PREFIX_WORDS = 640
-"""About 800 tokens of SmolLM2's tokenizer."""
+PREFIX_WORDS = 800
+"""Each is one token of SmolLM2's tokenizer."""
 NO_END = -100.0
 """The bias on the ids that would end a completion."""
 
@@ -233,7 +233,7 @@ WORKLOADS: Mapping[str, Workload] = {
         ),
         Workload(
             name="prefixes",
-            describes="SmolLM2-135M, 16 system prompts of about 800 tokens, rows shuffled, "
+            describes="SmolLM2-135M, 16 system prompts of 800 tokens, rows shuffled, "
             "a KV cache of 96 blocks of 128 tokens",
             profile="smollm2",
             rows=1024,

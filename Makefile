@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test chaos simulate cluster-up cluster-status cluster-down nightly clean
+.PHONY: help setup quickstart check test chaos simulate bench cluster-up cluster-status cluster-down nightly clean
 CONFIG ?= jobs/configs/quickstart.yaml
 
 help:  ## list the targets
@@ -31,6 +32,9 @@ chaos: setup  ## 30 kills over a run of 2,000 rows, and a verdict: about 40 minu
 
 simulate: setup  ## 1 to 512 replicas, simulated, and a check against real runs: docs/simulation.md
 	$(BIN)/python -m cluster.simulation --validate
+
+bench: setup  ## measure beside vLLM and ray.data.llm: some hours, can be cut short (BENCH_ARGS=--help)
+	@$(BIN)/python -m jobs.bench $(BENCH_ARGS)
 
 cluster-up: setup  ## start a mini-cluster that stays up (S3, Ray head, 2 nodes)
 	@$(BIN)/python -m cluster.local up

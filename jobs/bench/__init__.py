@@ -1,1 +1,1 @@
-"""Benchmarks of the pipeline, run by hand."""
+"""``make bench``: this pipeline beside other ways to run the same rows through the same engine."""

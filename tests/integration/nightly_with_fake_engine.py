@@ -11,13 +11,17 @@ from pipeline.errors import EngineRefusalError
 from tests.fakes import EchoEngine
 
 
-def start(_spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
-    """Called on the replica's node; ``fault`` is "", "start", "die" or "poison"."""
+def start(spec: EngineSpec, *, delay_s: float, fault: str) -> EchoEngine:
+    """Called on the replica's node; ``fault`` is "", "start", "die" or "poison".
+
+    As many requests are at work as vLLM would take into one step.
+    """
     if fault == "start":
         raise EngineRefusalError("the weights are not there")
     # every prompt of the test has the token of "S", a few have that of "~"
     killers = {"die": ord("S"), "poison": ord("~")}
-    return EchoEngine(delay_s=delay_s, die_token=killers.get(fault, -1))
+    seats = spec.engine_args["max_num_seqs"]
+    return EchoEngine(delay_s=delay_s, seats=seats, die_token=killers.get(fault, -1))
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
 ROWS = 400
 SLOWLY = {"FAKE_ENGINE_DELAY_S": "0.5"}
-"""Ten requests at a time: 400 rows take 20 s."""
+"""Eight requests at a time: 400 rows take 25 s."""
 Records = dict[tuple[int, int], dict[str, Any]]
 
 

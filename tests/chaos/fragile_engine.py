@@ -57,8 +57,8 @@ class FragileVLLM(VLLMEngine):
 class FragileEcho(EchoEngine):
     """The echo engine, with a book and a weakness: dead, it fails everything it was given."""
 
-    def __init__(self, ledger: Path, *, delay_s: float) -> None:
-        super().__init__(delay_s=delay_s)
+    def __init__(self, ledger: Path, *, delay_s: float, seats: int) -> None:
+        super().__init__(delay_s=delay_s, seats=seats)
         self._book = _Book(ledger, engine=os.getpid())
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
@@ -109,6 +109,6 @@ def start_fragile_vllm(spec: EngineSpec, *, ledger: Path) -> FragileVLLM:
     return FragileVLLM(spec, ledger)
 
 
-def start_fragile_echo(_spec: EngineSpec, *, ledger: Path, delay_s: float) -> FragileEcho:
-    """A ``start_engine`` without a model."""
-    return FragileEcho(ledger, delay_s=delay_s)
+def start_fragile_echo(spec: EngineSpec, *, ledger: Path, delay_s: float) -> FragileEcho:
+    """A ``start_engine`` without a model: it works on ``max_num_seqs`` requests at a time."""
+    return FragileEcho(ledger, delay_s=delay_s, seats=spec.engine_args["max_num_seqs"])

@@ -47,6 +47,8 @@ def page(
         pipeline=PIPELINE,
         fifo=FIFO,
         scale=_scale(study),
+        lengths=_lengths(study),
+        length_replicas=study.lengths[0][0].replicas,
         tail=_tail(study),
         tail_replicas=study.tail[0].replicas,
         tail_verdict=_verdict(study.tail[0].over_bound <= MOST_OVER_BOUND),
@@ -79,6 +81,22 @@ def _scale(study: Study) -> str:
             f"{ours.driver_s / ours.makespan:.1%}",
         )
         for size, ours, fifo in study.scale
+    ]
+    return _table(head, rows)
+
+
+def _lengths(study: Study) -> str:
+    head = ("rows per replica", "makespan", "makespan / bound", "FIFO's", "efficiency", "FIFO's")
+    rows = [
+        (
+            f"{ours.rows // ours.replicas:,}",
+            f"{ours.makespan:,.0f} s",
+            f"{ours.over_bound:.3f}",
+            f"{fifo.over_bound:.3f}",
+            f"**{ours.efficiency:.3f}**",
+            f"{fifo.efficiency:.3f}",
+        )
+        for ours, fifo in study.lengths
     ]
     return _table(head, rows)
 

@@ -23,6 +23,7 @@ def draw(study: Study, folder: Path) -> list[str]:
     mpl.rcParams["svg.hashsalt"] = "simulation"  # else ids are random
     pictures = {
         "simulation-scale.svg": _scale(study),
+        "simulation-lengths.svg": _lengths(study),
         "simulation-tail.svg": _tail(study),
         "simulation-open-shards.svg": _open_shards(study),
     }
@@ -58,6 +59,22 @@ def _scale(study: Study) -> Figure:
     axes.set_ylim(0.8, 1.04)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[-3:], labels[-3:], ncols=3, fontsize=8)
+    return figure
+
+
+def _lengths(study: Study) -> Figure:
+    replicas = study.lengths[0][0].replicas
+    title = f"Efficiency by the length of a run, {replicas} replicas"
+    figure, axes = _axes(title, "rows per replica", "of the replicas' best rate")
+    counts = [ours.rows // ours.replicas for ours, _ in study.lengths]
+    for index, colour in ((1, _FIFO), (0, _OURS)):
+        runs: Sequence[SimulatedRun] = [pair[index] for pair in study.lengths]
+        heights = [run.efficiency for run in runs]
+        axes.plot(counts, heights, marker="o", color=colour, label=runs[0].policy)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_ylim(top=1.0)
+    axes.legend(fontsize=8)
     return figure
 
 

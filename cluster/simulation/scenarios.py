@@ -1,4 +1,4 @@
-"""What is simulated: cluster sizes, the tail, the number of open shards, and lost replicas."""
+"""What is simulated: cluster sizes, run lengths, the tail, open shards, and lost replicas."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ SIZES = (
     Size(1, 32_000, 0.97),
     Size(8, 32_000, 0.95),
     Size(64, 16_000, 0.95),
-    Size(512, 6_000, 0.90),
+    Size(512, 12_000, 0.90),
 )
 QUICK_SIZES = (Size(1, 2_000, 0.97), Size(2, 2_000, 0.95))
+LENGTH_REPLICAS = 64
+LENGTHS = (1_000, 2_000, 4_000, 8_000, 16_000)
+"""Rows per replica."""
 BOUND_REPLICAS = 8
 MOST_OVER_BOUND = 1.03
 """On log-normal lengths."""
@@ -72,6 +75,8 @@ class Study:
 
     scale: Sequence[tuple[Size, SimulatedRun, SimulatedRun]]
     """(size, the pipeline, FIFO)."""
+    lengths: Sequence[tuple[SimulatedRun, SimulatedRun]]
+    """Of runs that grow: the pipeline, FIFO."""
     tail: Sequence[SimulatedRun]
     """Of each engine and kind of rows: the pipeline, FIFO."""
     open_shards: Mapping[int, Sequence[SimulatedRun]]
@@ -84,6 +89,8 @@ class Study:
 def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int = 1) -> Study:
     """Run everything; ``quick`` is for tests: the same code on a few rows."""
     sizes = QUICK_SIZES if quick else SIZES
+    length_replicas = 2 if quick else LENGTH_REPLICAS
+    lengths = LENGTHS[:2] if quick else LENGTHS
     replicas = 2 if quick else BOUND_REPLICAS
     rows = replicas * (1_500 if quick else 32_000)
     open_shards = OPEN_SHARDS[1:3] if quick else OPEN_SHARDS
@@ -102,6 +109,12 @@ def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int 
             for policy in (PIPELINE, FIFO)
         ],
         [
+            Case(spec, policy, log_normal, length_replicas * each, seed)
+            for each in lengths
+            for spec in (ClusterSpec(length_replicas, GIVEN, seed=seed),)
+            for policy in (PIPELINE, FIFO)
+        ],
+        [
             case(policy, kind, engine)
             for engine in (GIVEN, TIGHT)
             for kind in KINDS
@@ -116,9 +129,10 @@ def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int 
             for spec in (ClusterSpec(count, GIVEN, churn=Churn(), seed=seed + number),)
         ],
     )
-    scale, tail, opened, queued, churn = _run_all(sections, processes, say)
+    scale, grown, tail, opened, queued, churn = _run_all(sections, processes, say)
     return Study(
         scale=[(size, *pair) for size, pair in zip(sizes, _pairs(scale), strict=True)],
+        lengths=_pairs(grown),
         tail=tail,
         open_shards=dict(zip(open_shards, _pairs(opened), strict=True)),
         queued_shards=dict(zip(queued_shards, _pairs(queued), strict=True)),

@@ -230,7 +230,10 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
     for picture in pictures:
         assert f"]({picture})" in text
         assert (tmp_path / picture).read_text().startswith("<?xml")
-    assert len(told) == sum(1 for _ in found.scale) * 2 + len(found.tail) + 2 * 4 + 1
+    for ours, fifo in found.lengths:
+        assert f"| **{ours.efficiency:.3f}** | {fifo.efficiency:.3f} |" in text
+    pairs = len(found.scale) + len(found.lengths)
+    assert len(told) == 2 * pairs + len(found.tail) + 2 * 4 + 1
 
 
 def test_the_driver_is_measured_on_a_part_for_each_shard() -> None:

@@ -7,11 +7,18 @@ CHAOS_ARGS ?=
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test chaos simulate bench cluster-up cluster-status cluster-down nightly clean
-CONFIG ?= jobs/configs/quickstart.yaml
+.PHONY: help setup quickstart check test chaos simulate bench cluster-up cluster-status cluster-down \
+  nightly annotate evaluate plan verify status preflight clean
+
+# What `make nightly` and its like run: make annotate CONFIG=mine.yaml ARGS="--set seed=1"
+CONFIGS := jobs/configs
+nightly plan verify preflight: CONFIG ?= $(CONFIGS)/quickstart.yaml
+annotate: CONFIG ?= $(CONFIGS)/annotate-digits.yaml
+evaluate: CONFIG ?= $(CONFIGS)/evaluate-digits.yaml
+ARGS ?=
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-38s %s\n", $$1, $$2}'
 
 setup:  ## install into .venv (instant where nothing changed)
 	@$(PYTHON) cluster/install.py
@@ -45,10 +52,20 @@ cluster-status:  ## what of the mini-cluster is alive, and its URLs
 cluster-down:  ## stop the mini-cluster
 	@$(BIN)/python -m cluster.local down
 
-nightly:  ## submit the nightly job to the mini-cluster (CONFIG=jobs/configs/quickstart.yaml)
-	@test -f .cluster/env || { echo "no mini-cluster is up: run make cluster-up first" >&2; exit 2; }
+nightly annotate evaluate plan verify: up  ## submit that job to the mini-cluster (CONFIG=, ARGS=)
 	@. .cluster/env && $(BIN)/python -m cluster.sample && \
-	  $(BIN)/ray job submit --working-dir . -- $(abspath $(BIN))/python -m jobs.nightly --config $(CONFIG)
+	  $(BIN)/ray job submit --working-dir . -- $(abspath $(BIN))/python -m jobs.$@ --config $(CONFIG) $(ARGS)
+
+preflight: up  ## look at the mini-cluster as before a first run on it (CONFIG=, ARGS=)
+	@. .cluster/env && $(BIN)/python -m cluster.sample && \
+	  $(BIN)/python -m cluster.preflight --config $(CONFIG) $(ARGS)
+
+status: up  ## how the runs in the mini-cluster's bucket stand (ARGS="s3://batch/runs/quickstart --watch")
+	@. .cluster/env && $(BIN)/python -m jobs.status $(or $(ARGS),s3://batch/runs/)
+
+.PHONY: up
+up:
+	@test -f .cluster/env || { echo "no mini-cluster is up: run make cluster-up first" >&2; exit 2; }
 
 clean:  ## remove caches and outputs; .venv stays
 	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

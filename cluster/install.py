@@ -8,7 +8,9 @@ with the same ones ends at once.
 The constraints were taken from a CPU environment. vLLM's GPU build pins parts of its own stack to
 other versions, so for ``gpu`` only this project's direct dependencies are constrained.
 
-Standard library only. Use: ``python3.11 cluster/install.py [--extra cpu|gpu]``.
+Nodes of a cluster need neither tests nor mini-cluster: ``--node`` leaves out what only those use.
+
+Standard library only. Use: ``python3.11 cluster/install.py [--extra cpu|gpu] [--node]``.
 """
 
 from __future__ import annotations
@@ -64,9 +66,14 @@ def detect_extra() -> str:
     return "gpu" if any(Path("/dev").glob("nvidia[0-9]*")) else "cpu"
 
 
-def fingerprint(extra: str) -> str:
+def extras(engine: str, *, node: bool) -> str:
+    """The project's extras to install, as pip takes them."""
+    return f"{engine},eval" if node else f"{engine},eval,local,dev"
+
+
+def fingerprint(wanted: str) -> str:
     """Hash of all that decides what is installed, and of where (the install is in place)."""
-    digest = hashlib.sha256(f"{extra}\0{ROOT}\0{sys.version}".encode())
+    digest = hashlib.sha256(f"{wanted}\0{ROOT}\0{sys.version}".encode())
     for path in (PROJECT, CONSTRAINTS):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -86,7 +93,7 @@ def direct_dependencies(project_text: str) -> set[str]:
 
     project = tomllib.loads(project_text)["project"]
     extras = project["optional-dependencies"]
-    lists = [project["dependencies"], *(extras[name] for name in ("local", "dev"))]
+    lists = [project["dependencies"], *(extras[name] for name in ("eval", "local", "dev"))]
     names = {re.split(r"[\[<>=!~ ]", item)[0] for group in lists for item in group}
     return {normalise(name) for name in names}
 
@@ -125,13 +132,13 @@ def _version_of(python: Path) -> tuple[int, ...] | None:
     return tuple(map(int, done.stdout.split())) if done.returncode == 0 else None
 
 
-def install_packages(extra: str) -> None:
-    """Install the project with its extras; pip's words go to ``.venv/install.log``."""
+def install_packages(extra: str, wanted: str) -> None:
+    """Install the project with the extras ``wanted``; pip's words go to ``.venv/install.log``."""
     direct = direct_dependencies(PROJECT.read_text("utf-8")) if extra == "gpu" else None
     pins = VENV / "constraints.txt"
     pins.write_text("\n".join(select_constraints(CONSTRAINTS.read_text().splitlines(), direct)))
     command = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off"]
-    command += ["--constraint", str(pins), "--editable", f"{ROOT}[{extra},local,dev]"]
+    command += ["--constraint", str(pins), "--editable", f"{ROOT}[{wanted}]"]
     reachable = extra == "cpu" and index_answers(TORCH_CPU_INDEX)
     if reachable:
         command += ["--extra-index-url", TORCH_CPU_INDEX]
@@ -167,18 +174,19 @@ def repair() -> None:
         raise InstallError("the environment was installed but cannot be used; see the line above")
 
 
-def install(extra: str) -> None:
+def install(extra: str, *, node: bool) -> None:
     """Make the environment, or find that it is made."""
-    wanted = fingerprint(extra)
-    if STAMP.exists() and PYTHON.exists() and STAMP.read_text().strip() == wanted:
+    wanted = extras(extra, node=node)
+    stamp = fingerprint(wanted)
+    if STAMP.exists() and PYTHON.exists() and STAMP.read_text().strip() == stamp:
         return
     started = time.monotonic()
     make_venv()
     STAMP.unlink(missing_ok=True)
     shutil.rmtree(EGG_INFO, ignore_errors=True)  # an old one hides new entry points
-    install_packages(extra)
+    install_packages(extra, wanted)
     repair()
-    STAMP.write_text(wanted + "\n")
+    STAMP.write_text(stamp + "\n")
     print(f"installed into {VENV} in {time.monotonic() - started:.0f} s")
 
 
@@ -186,12 +194,13 @@ def main() -> int:
     """Parse the command line and install; return the exit code."""
     parser = argparse.ArgumentParser(prog="cluster.install", description="Make .venv.")
     parser.add_argument("--extra", choices=("cpu", "gpu"), help="default: gpu if one is visible")
-    extra = parser.parse_args().extra or detect_extra()
+    parser.add_argument("--node", action="store_true", help="for a node of a cluster: no dev tools")
+    arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # keeps order in pipes
     try:
         has_ensurepip = importlib.util.find_spec("ensurepip") is not None
         check_python(tuple(sys.version_info[:3]), has_ensurepip=has_ensurepip)
-        install(extra)
+        install(arguments.extra or detect_extra(), node=arguments.node)
     except InstallError as error:
         print(f"install failed: {error}", file=sys.stderr)
         return 1

@@ -141,6 +141,11 @@ def ray_directory(state: ClusterState, name: str) -> Path:
     return state.part_directory(name) / "ray"
 
 
+def metrics_targets(state: ClusterState) -> Path:
+    """Where the head lists, for Prometheus, at which address each node tells its metrics."""
+    return ray_directory(state, HEAD) / "prom_metrics_service_discovery.json"
+
+
 def part_environment(state: ClusterState, name: str, own: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, made safe and marked, with what a part needs on top."""
     binaries = str(Path(sys.executable).parent)
@@ -160,6 +165,8 @@ def ray_environment(state: ClusterState) -> dict[str, str]:
         **state.storage_environment(),
         **state.token_environment(),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM waits 30 s for busy actors
+        "RAY_metrics_report_interval_ms": "2000",  # not 10 s: jobs here are short
+        "RAY_JOB_STOP_WAIT_TIME_S": "45",  # else SIGKILL after 3 s; more than limits.drain_s
     }
 
 

@@ -1,6 +1,7 @@
 """Puts the sample input into a bucket, and says how a run of it went.
 
-``python -m cluster.sample`` uploads ``jobs/sample/input/`` to ``s3://batch/sample/``, with the
+``python -m cluster.sample`` uploads ``jobs/sample/input/`` to ``s3://batch/sample/``, and the data
+sets of the shipped tasks beside it (``s3://batch/digits/``, ``s3://batch/feedback/``), with the
 credentials of the environment (``. .cluster/env``). The quickstart uses the same functions.
 """
 
@@ -20,6 +21,8 @@ from pipeline.profile import REPO_ROOT
 
 SAMPLE_FOLDER = REPO_ROOT / "jobs" / "sample" / "input"
 SAMPLE_URI = "s3://batch/sample/"
+_DATA_SETS = ("digits", "feedback")
+"""Folders beside the sample input, and beside it in the bucket."""
 MEANT_TO_FAIL = "bad"
 """``task`` of the rows that must fail; their ``label`` is the error code they must get."""
 _DIGIT_TASKS = ("single", "wide", "larger")
@@ -49,11 +52,11 @@ class Verdict:
         return complete and not self.wrongly_failed and not self.wrongly_passed
 
 
-def upload(uri: str = SAMPLE_URI) -> int:
-    """Copy the sample input to ``uri``; returns the number of objects written."""
-    paths = sorted(path for path in SAMPLE_FOLDER.rglob("*") if path.is_file())
+def upload(uri: str = SAMPLE_URI, folder: Path = SAMPLE_FOLDER) -> int:
+    """Copy the sample input, or another folder, to ``uri``; returns the number of objects."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
-        target = storage.join(uri, path.relative_to(SAMPLE_FOLDER).as_posix())
+        target = storage.join(uri, path.relative_to(folder).as_posix())
         storage.put_bytes(target, path.read_bytes())
     return len(paths)
 
@@ -96,8 +99,11 @@ def _is_proper(record: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    """Upload the sample."""
+    """Upload the sample and the data sets."""
     sys.stderr.write(f"{upload()} objects are in {SAMPLE_URI}\n")
+    for name in _DATA_SETS:
+        uri = f"s3://batch/{name}/"
+        sys.stderr.write(f"{upload(uri, SAMPLE_FOLDER.parent / name)} objects are in {uri}\n")
     return 0
 
 

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
-from pipeline.errors import ConfigError, PipelineError, UsageError
+from pipeline.dates import check_date
+from pipeline.errors import ConfigError, ExitCode, PipelineError, UsageError
 from pipeline.redact import configure_logging, redacted, redacted_text
 from pipeline.report import Result, RunStatus, total
 
@@ -41,15 +42,31 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
-def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with the arguments every job has."""
-    parser = _Parser(
+def plain_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser without arguments, whose errors are this project's."""
+    return _Parser(
         prog=f"python -m {module}",
         description=purpose,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the job's YAML")
+
+
+def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the arguments every job has."""
+    parser = plain_parser(module, purpose, epilog)
+    add_config_arguments(parser, required=True)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check config, input, output and cluster; say what would run; start no engine",
+    )
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """``--config`` and ``--set``, as ``load_config`` takes them."""
+    parser.add_argument("--config", required=required, metavar="FILE", help="the job's YAML")
     parser.add_argument(
         "--set",
         action="append",
@@ -59,15 +76,40 @@ def job_parser(module: str, purpose: str, epilog: str) -> argparse.ArgumentParse
         help="replace one value of the config, e.g. --set engine.replicas=4 (repeatable)",
     )
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check config, input, output and cluster; say what would run; start no engine",
+        "--date",
+        action="append",
+        dest="overrides",
+        type=_date_override,
+        metavar="YYYY-MM-DD",
+        help="what {date} in the config's URIs stands for, today (UTC) by default; "
+        "short for --set date=YYYY-MM-DD",
     )
-    return parser
+
+
+def _date_override(text: str) -> str:
+    try:
+        return f"date={check_date(text)}"
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+class Ending(Protocol):
+    """How a job ended, and what its last line says: a ``Result``, or what a job has instead."""
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def error(self) -> str | None: ...
+
+    @property
+    def exit_code(self) -> ExitCode: ...
+
+    def to_json(self) -> dict[str, Any]: ...
 
 
 def run_job(
-    job: Callable[[argparse.Namespace], Result],
+    job: Callable[[argparse.Namespace], Ending],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -87,7 +129,7 @@ def run_job(
         try:
             if isinstance(arguments, ConfigError):
                 raise arguments
-            result = job(arguments)
+            result: Ending = job(arguments)
         except UsageError as error:
             result = _failure(RunStatus.INVALID, str(error), started)
         except PipelineError as error:
@@ -180,5 +222,5 @@ def _stdout_for_result() -> Iterator[Callable[[str], None]]:
 
 def _log_to_stderr() -> None:
     configure_logging(logging.WARNING, "%(asctime)s %(levelname)s %(message)s", times="%H:%M:%S")
-    for name in ("pipeline", "jobs", "__main__"):  # a job run with -m logs as __main__
+    for name in ("pipeline", "jobs", "cluster", "__main__"):  # a job run with -m logs as __main__
         logging.getLogger(name).setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""A replica's actor shell: prepared blocks in, committed parts' stats out.
+"""A replica's actor: prepared blocks in, committed parts' stats out.
 
 One shard at a time per calling thread, several threads: what earlier attempts journaled is taken
 over, the rest generated, journaled as it finishes, and committed when it is whole. Beside that, a
@@ -8,14 +8,15 @@ pulse to the driver's ``Roster`` once a second, which brings its orders back.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import platform
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,37 +24,46 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
-from pipeline.commit import Destination, PartStats, commit_outcomes, committed_stats
+from pipeline import logs, metrics
+from pipeline.commit import Attempt, Destination, PartStats, commit_outcomes, committed_stats
 from pipeline.cpu import Step, added, block_cpu
-from pipeline.engine import Engine, EngineSpec
+from pipeline.engine import Engine, follow_vllm
+from pipeline.engine_spec import EngineSpec, Meeting, engine_fingerprint, engine_version
 from pipeline.errors import EngineError
+from pipeline.hardware import hardware
 from pipeline.journal import Journal
+from pipeline.leaving import seconds_left
 from pipeline.plan import Shard
-from pipeline.progress import Tally
+from pipeline.progress import Tally, tally_of
+from pipeline.ray_metrics import Exporter
 from pipeline.records import (
-    Completion,
     Failure,
     Outcome,
     Prepared,
     SampleKey,
-    Status,
     block_shard,
     carried_columns,
+    count_images,
     read_prepared,
 )
-from pipeline.redact import configure_logging
+from pipeline.redact import configure_logging, redacted_text
 from pipeline.replica import Replica, ReplicaLimits
-from pipeline.roster import DRIVER_SILENCE_S, Phase, Pulse
+from pipeline.replica_metrics import ReplicaMetrics
+from pipeline.roster import DRIVER_SILENCE_S, FIRST_ANSWER_S, Phase, Pulse
 
 log = logging.getLogger(__name__)
 
 _PULSE_S = 1.0
 _ANSWER_S = 5.0
 _LAST_WORDS_S = 10.0
-"""What the other shards of a replica that cannot go on get to write their journals."""
-_TEARDOWN_S = 60.0
-"""From the end of a flow: an engine takes 5-10 s to stop."""
+"""What the other shards of a replica that cannot go on get to write their journals, at least."""
+_LEAVING_S = 10.0
+"""Of the time a node has left, what goes to the last journals and the end of the engine."""
+_SOONER_S = 1.0
+"""By so much a node's new deadline must be before the one that is known."""
 _EXIT_BROKEN = 1
+NAME_LENGTH = 8
+"""Of the random names in parts' stats: enough to tell a run's replicas, and processes, apart."""
 
 
 @dataclass(frozen=True)
@@ -63,42 +73,85 @@ class ReplicaSpec:
     to: Destination
     engine: EngineSpec
     start_engine: Callable[[EngineSpec], Engine]
-    """Builds the engine on the replica's node."""
+    """Builds the engine on the replica's node, the first if there are several."""
     limits: ReplicaLimits
+    follow_engine: Callable[[EngineSpec], None] = follow_vllm
+    """Runs the engine's part on each further node, until that ends."""
+    started: float = 0.0
+    """When the driver's start began, in seconds since 1970."""
+    run_name: str = ""
+    """The config's; what metrics and logs call the run."""
 
 
 class ReplicaActor:
-    """A Ray Data actor that holds one replica."""
+    """The actor that holds one replica; on the first of its nodes, if it spans several."""
 
-    def __init__(self, spec: ReplicaSpec, roster: Any) -> None:
+    def __init__(self, spec: ReplicaSpec, roster: Any, name: str) -> None:
         configure_logging(logging.INFO, "%(levelname)s %(name)s: %(message)s")
         self._spec = spec
+        self._began = time.monotonic()
+        self._cold_start_s = 0.0
         self._open = _OpenShards()
-        self._heart = _Heart(roster, self._open)
-        self._replica = Replica(partial(spec.start_engine, spec.engine), spec.limits)
-        self._heart.attach(self._replica)
-        # Ray Data drops its actors at the end of a flow, or their processes just exit. Not __del__:
-        # in an interpreter that is finalizing, it would wait for threads that never run again.
-        weakref.finalize(self, _end, self._heart, self._replica)
+        self._heart = _Heart(roster, self._open, name)
+        replica = name[:NAME_LENGTH]
+        logs.name_process(run=spec.run_name, replica=replica)
+        self._measured = ReplicaMetrics()
+        self._exporter = Exporter(run=spec.run_name, replica=replica, look=self._measured.look)
+        self._signature = {
+            "process": self._heart.process,
+            "hardware": hardware(),
+            "engine": engine_fingerprint(asdict(spec.engine)),
+            "version": engine_version(),
+        }
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def meet(self) -> Meeting:
+        """Where the processes on the replica's other nodes find the engine's first."""
+        return Meeting.at(ray.util.get_node_ip_address())
+
+    def start(self, meeting: Meeting | None, nodes: int) -> None:
+        """Start the engine, over ``nodes`` nodes that join it at ``meeting``; call it first.
+
+        Raises:
+            EngineRefusalError: the engine cannot be started like this anywhere.
+            EngineError: it could not be started.
+        """
+        engine = self._spec.engine
+        if meeting is not None:
+            engine = engine.on_node(meeting, nodes, rank=0)
+        start_engine = self._measured.timed(partial(self._spec.start_engine, engine))
+        self._replica = Replica(start_engine, self._spec.limits)
+        self._cold_start_s = round(time.monotonic() - self._began, 3)
+        self._heart.attach(self._replica)
+        self._measured.attach(self._replica)
+
+    def run(self, block: pa.Table) -> str | None:
         """Complete and commit one shard; called from several threads at a time.
+
+        Returns:
+            Its stats as JSON; None if a drain left it open.
 
         Raises:
             StorageError, AccountingError: the part cannot be written whole.
         """
-        shard = block_shard(block)
-        stats = None if self._replica.draining else self._run(shard, block)
-        return pa.table({"stats": pa.array([stats.to_json()] if stats else [], pa.string())})
+        stats = None if self._replica.draining else self._run(block_shard(block), block)
+        if stats is None and self._heart.leaving:
+            self._heart.leave()
+        return None if stats is None else stats.to_json()
+
+    def stop(self) -> None:
+        """Stop the engine and its processes."""
+        self._heart.stop()
+        self._exporter.close()
+        self._replica.shutdown()
 
     def _run(self, shard: Shard, block: pa.Table) -> PartStats | None:
         """The shard's stats once it is committed; None if a drain left it open."""
         to = self._spec.to
-        with self._open.shard(shard.index):
+        with self._open.shard(shard.index), logs.about(shard=shard.index):
             done = committed_stats(to, shard)
             if done is not None:  # by an attempt whose answer was lost with its node
                 return done
-            started = time.monotonic()
+            started, opened = time.monotonic(), time.time()
             journal = Journal(to, shard)
             cpu = self._replica.cpu
             with cpu.counts(Step.QUEUE):
@@ -108,10 +161,10 @@ class ReplicaActor:
             try:
                 outcomes = self._complete(shard, items, journal, known)
             except EngineError as error:
-                self._end_process(error)
+                self._end_process(shard, error)
             if len(outcomes) < len(_keys(items)):
                 return None
-            with cpu.counts(Step.COMMIT):
+            with cpu.counts(Step.COMMIT), metrics.COMMIT_SECONDS.timed():
                 stats = commit_outcomes(
                     to,
                     shard,
@@ -120,9 +173,26 @@ class ReplicaActor:
                     seconds=time.monotonic() - started,
                     known=known.keys() & _keys(items),
                     cpu_s=added(block_cpu(block), self._replica.take_cpu()),
+                    images=count_images(block),
+                    attempt=self._attempt(opened),
+                    engine_tokens=self._replica.engine_tokens.take(),
+                    experts=self._replica.expert_tokens.take(),
+                    replica=self._signature,
                 )
                 journal.clear()
+            metrics.SHARD_SECONDS.observe(time.monotonic() - started)
             return stats
+
+    def _attempt(self, opened: float) -> Attempt:
+        return Attempt(
+            replica=self._heart.name[:NAME_LENGTH],
+            process=self._heart.process[:NAME_LENGTH],
+            node=redacted_text(platform.node()),
+            engine_restarts=self._replica.engine_restarts,
+            start=round(self._spec.started, 3),
+            opened=round(opened, 3),
+            cold_start_s=self._cold_start_s,
+        )
 
     def _complete(
         self,
@@ -134,34 +204,24 @@ class ReplicaActor:
         """The shard's outcomes: what is known of them, and the rest as it is generated."""
         wanted = _keys(items)
         outcomes = [outcome for key, outcome in known.items() if key in wanted]
-        self._open.count(shard.index, outcomes)
+        self._open.count(shard.index, tally_of(outcomes, known=True))
         for batch in self._replica.generate(shard.index, items, known=known):
             outcomes += batch
-            self._open.count(shard.index, batch)
+            self._open.count(shard.index, tally_of(batch))
             if len(outcomes) < len(wanted):
-                with self._replica.cpu.counts(Step.JOURNAL):
+                with self._replica.cpu.counts(Step.JOURNAL), metrics.JOURNAL_SECONDS.timed():
                     journal.append([outcome for outcome in batch if outcome.attempts])
         return outcomes
 
-    def _end_process(self, error: EngineError) -> NoReturn:
-        """A replica without engine ends; Ray starts another one in its place, here or elsewhere.
+    def _end_process(self, shard: Shard, error: EngineError) -> NoReturn:
+        """A replica without engine ends; the driver starts another one in its place.
 
         Raising instead would end the whole run for one machine's fault.
         """
         log.error("this replica cannot go on: %s", error)
-        self._open.wait_for_others(_LAST_WORDS_S)
+        self._open.give_up(shard.index, _LAST_WORDS_S)
         self._heart.last_beat(str(error))
         os._exit(_EXIT_BROKEN)
-
-
-def _end(heart: _Heart, replica: Replica) -> None:
-    """The engine's processes end, and soon after this one, come what may: a library that hangs at
-    its end must not keep the place, and the memory, that another replica needs."""
-    timer = threading.Timer(_TEARDOWN_S, os._exit, (0,))
-    timer.daemon = True
-    timer.start()
-    heart.stop()
-    replica.shutdown()
 
 
 def _keys(items: Sequence[Prepared | Failure]) -> frozenset[SampleKey]:
@@ -180,22 +240,26 @@ class _OpenShards:
         self._changed = threading.Condition()
         self._open: dict[int, Tally] = {}
         self._ended: dict[int, Tally] = {}
+        self._given_up: set[int] = set()
 
     @contextmanager
     def shard(self, index: int) -> Iterator[None]:
         """Within, the shard is open."""
         with self._changed:
             self._open[index] = Tally()
+            metrics.OPEN_SHARDS.set(len(self._open))
         try:
             yield
         finally:
             with self._changed:
                 self._ended[index] = self._open.pop(index)
+                metrics.OPEN_SHARDS.set(len(self._open))
                 self._changed.notify_all()
 
-    def count(self, index: int, outcomes: Sequence[Outcome]) -> None:
-        """Add ``outcomes`` to the shard's tally."""
-        tally = sum(map(_tally, outcomes), Tally())
+    def count(self, index: int, tally: Tally) -> None:
+        """Add ``tally`` to the shard's."""
+        metrics.REPLICA_ROWS.add(tally.rows - tally.known_rows)
+        metrics.REPLICA_TOKENS.add(tally.tokens - tally.known_tokens)
         with self._changed:
             self._open[index] += tally
 
@@ -206,31 +270,41 @@ class _OpenShards:
             self._ended = {}
             return tallies, bool(self._open)
 
-    def wait_for_others(self, timeout_s: float) -> None:
-        """Until the calling thread's shard is the only one that is open."""
+    def wait_for_all(self, timeout_s: float) -> bool:
+        """Until no shard is open; whether that came true."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._open) <= 1, timeout_s)
+            return self._changed.wait_for(lambda: not self._open, timeout_s)
 
+    def give_up(self, index: int, timeout_s: float) -> None:
+        """The calling thread's shard ends here; waits until the others have ended, or do as well.
 
-def _tally(outcome: Outcome) -> Tally:
-    tokens = outcome.completion_tokens if isinstance(outcome, Completion) else 0
-    return Tally(int(outcome.sample_index == 0), int(outcome.status is Status.ERRORED), tokens)
+        The wait is ``timeout_s`` at most.
+        """
+        with self._changed:
+            self._given_up.add(index)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._open.keys() <= self._given_up, timeout_s)
 
 
 class _Heart:
     """Sends the replica's pulse once a second, from before its engine starts to its end."""
 
-    def __init__(self, roster: Any, shards: _OpenShards) -> None:
+    def __init__(self, roster: Any, shards: _OpenShards, name: str) -> None:
         self._roster = roster
         self._shards = shards
         self._replica: Replica | None = None
-        self._name = ray.get_runtime_context().get_actor_id()
-        self._process = uuid.uuid4().hex
-        self._handle = ray.get_runtime_context().current_actor
-        self._answered = time.monotonic()
+        self.name = name
+        self.process = uuid.uuid4().hex
+        self._give_up_at = time.monotonic() + FIRST_ANSWER_S
         self._draining = False
+        self._node_goes_at = math.inf
         self._stopped = threading.Event()
         threading.Thread(target=self._beat_on, name="pulse", daemon=True).start()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether this process ends because its node does."""
+        return self._node_goes_at < math.inf
 
     def attach(self, replica: Replica) -> None:
         """The engine is up: from now on orders reach it."""
@@ -239,6 +313,17 @@ class _Heart:
     def stop(self) -> None:
         """No more pulses."""
         self._stopped.set()
+
+    def leave(self) -> NoReturn:
+        """End the process before its node does, once no shard is open; call it only if ``leaving``.
+
+        Some shards end at once, others as soon as their rows are through the engine: what they have
+        is journaled by then. The driver starts another process elsewhere, and gives to others what
+        this one returned nothing for.
+        """
+        self._shards.wait_for_all(max(_LAST_WORDS_S, self._node_goes_at - time.monotonic()))
+        self.last_beat("its node was taken away")
+        os._exit(_EXIT_BROKEN)
 
     def last_beat(self, error: str) -> None:
         """Tell why this process ends."""
@@ -250,20 +335,32 @@ class _Heart:
     def _beat_on(self) -> None:
         while not self._stopped.is_set():
             self._beat()
+            self._look_at_node()
             self._stopped.wait(_PULSE_S)
 
     def _beat(self) -> None:
         try:
             order = ray.get(self._roster.beat.remote(self._pulse()), timeout=_ANSWER_S)
         except RayError as error:
-            if time.monotonic() - self._answered > DRIVER_SILENCE_S:
+            if time.monotonic() > self._give_up_at:
                 log.warning("no driver answers any more: %s", type(error).__name__)
                 self._drain(0.0)
             return
-        self._answered = time.monotonic()
-        self._handle = None
+        self._give_up_at = time.monotonic() + DRIVER_SILENCE_S
         if order.drain_s is not None:
             self._drain(order.drain_s)
+
+    def _look_at_node(self) -> None:
+        if self.leaving and self._shards.wait_for_all(0):
+            self.leave()
+        left = None if self._replica is None else seconds_left()
+        if left is None:
+            return
+        goes_at = time.monotonic() + left
+        if goes_at < self._node_goes_at - _SOONER_S:
+            log.warning("the node goes in %.0f s: this replica takes nothing more", left)
+            self._node_goes_at = goes_at
+            self._drain(max(0.0, left - _LEAVING_S))
 
     def _drain(self, grace_s: float) -> None:
         if self._replica is not None:
@@ -278,4 +375,4 @@ class _Heart:
         elif self._draining and not any_open:
             phase = Phase.DRAINED
         restarts = self._replica.engine_restarts if self._replica else 0
-        return Pulse(self._name, self._process, phase, tallies, restarts, error, self._handle)
+        return Pulse(self.name, self.process, phase, tallies, restarts, error)

@@ -10,7 +10,8 @@ death costs, and takes the choice of what comes next from the backlog. So the wi
     those that ran in the last step + a reserve as large as the most that ended in one step lately
 
 and is doubled while the engine takes all it gets, up to a few times what it runs: requests on
-their way to it, whose images are still being decoded, are not there yet. Preemptions say that the
+their way to it, whose images are still being decoded, are not there yet. It begins small: what the
+first shard brings is all there is to choose from then. Preemptions say that the
 running requests outgrew the KV cache: the engine computes what it dropped once more. They cut the
 window below what ran, and it comes back by and by (additive increase, multiplicative decrease, as
 in RFC 5681).
@@ -21,7 +22,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_FIRST = 64
+_FIRST = 8
+_ON_THEIR_WAY = 256
+"""What the window may grow to whatever the engine runs, as long as none of it waits there."""
 _MOST = 16_384
 _LEAST_RESERVE = 4
 _RESERVE_PER_FINISHED = 1.5
@@ -47,6 +50,11 @@ class EngineLoad:
     """Requests that ended in this step."""
     preempted: int = 0
     """Requests that lost their place in this step, as the KV cache was full."""
+    prompt_tokens: int = 0
+    """Prompt tokens of the requests that were completed in this step, images expanded and cached
+    ones included, each request's once however often it was computed."""
+    completion_tokens: int = 0
+    """Tokens generated for those requests."""
 
 
 class AdmissionWindow:
@@ -57,7 +65,7 @@ class AdmissionWindow:
         first: the limit until the engine has said something.
         most: what the limit never exceeds.
         """
-        self._first = self._limit = first
+        self._limit = first
         self._most = most
         self._burst = 0.0
         self._ceiling: int | None = None
@@ -82,7 +90,7 @@ class AdmissionWindow:
             reserve = max(_LEAST_RESERVE, math.ceil(_RESERVE_PER_FINISHED * self._burst))
             self._limit = min(self._most, ran + load.preempted + reserve)
         elif inside >= self._limit:  # it was given all that it may get, and took it
-            most = min(self._most, _MOST_PER_RUNNING * max(ran, self._first))
+            most = min(self._most, max(_ON_THEIR_WAY, _MOST_PER_RUNNING * ran))
             self._limit = min(max(most, self._limit), 2 * self._limit)
 
     def _yield_to_preemptions(self, ran: int, preempted: int) -> None:

@@ -6,7 +6,8 @@ Three wishes, and how they are traded:
 
 - *No barrier at a shard's end.* Samples are handed out in waves. A wave takes the older half of the
   shards that may be open; the younger ones wait, so that while the last rows of a wave run, the
-  next has rows, and its shards' successors are on their way.
+  next has rows, and its shards' successors are on their way. While a run begins, its shards come
+  one by one: a wave that is not full takes them in.
 - *The tail.* A sample expected to take several times its shard's median is a straggler: those of
   all open shards go first, whatever their prefix, as a prefix computed again costs one prefill, and
   a straggler that starts last leaves the engine empty for its whole length.
@@ -74,10 +75,13 @@ class Backlog(Generic[T]):
         """
         self._shards_per_wave = max(1, open_shards // 2)
         self._shards: deque[list[Waiting[T]]] = deque()
-        self._wave: deque[T] = deque()
+        self._wave: deque[Waiting[T]] = deque()
+        self._wave_shards = 0
+        self._is_ordered = True
         self._stragglers: list[Waiting[T]] = []
         """The longest expected last."""
         self._last_prefix = b""
+        """Of the sample that left the wave last."""
 
     def __len__(self) -> int:
         """Samples that wait."""
@@ -92,7 +96,13 @@ class Backlog(Generic[T]):
         if stragglers:
             self._stragglers += stragglers
             self._stragglers.sort(key=lambda item: (item.expected, item.prefix))
-        self._shards.append([item for item in samples if item.expected <= limit])
+        others = [item for item in samples if item.expected <= limit]
+        if self._wave and self._wave_shards < self._shards_per_wave:
+            self._wave.extend(others)
+            self._wave_shards += 1
+            self._is_ordered = False
+        else:
+            self._shards.append(others)
 
     def pop(self) -> T | None:
         """The sample to go next; None if none waits."""
@@ -100,15 +110,20 @@ class Backlog(Generic[T]):
             return self._stragglers.pop().sample
         if not self._wave:
             self._next_wave()
-        return self._wave.popleft() if self._wave else None
+        if not self._wave:
+            return None
+        if not self._is_ordered:
+            self._wave = deque(_ordered(self._wave, self._last_prefix))
+            self._is_ordered = True
+        item = self._wave.popleft()
+        self._last_prefix = item.prefix
+        return item.sample
 
     def _next_wave(self) -> None:
-        count = min(self._shards_per_wave, len(self._shards))
-        wave = [item for _ in range(count) for item in self._shards.popleft()]
-        if wave:
-            ordered = _ordered(wave, self._last_prefix)
-            self._last_prefix = ordered[-1].prefix
-            self._wave.extend(item.sample for item in ordered)
+        self._wave_shards = min(self._shards_per_wave, len(self._shards))
+        for _ in range(self._wave_shards):
+            self._wave.extend(self._shards.popleft())
+        self._is_ordered = False
 
 
 def _ordered(wave: Sequence[Waiting[T]], last_prefix: bytes) -> list[Waiting[T]]:
@@ -117,7 +132,9 @@ def _ordered(wave: Sequence[Waiting[T]], last_prefix: bytes) -> list[Waiting[T]]
     grouped = [item for group in groups[first:] + groups[:first] for item in _longest_first(group)]
     in_groups = set(map(id, grouped))
     alone = [item for item in wave if id(item) not in in_groups]
-    return [*grouped, *_longest_first(alone)]
+    rest_of_last = [item for item in alone if _share_half(item.prefix, last_prefix)]
+    others = [item for item in alone if not _share_half(item.prefix, last_prefix)]
+    return [*rest_of_last, *grouped, *_longest_first(others)]
 
 
 def _groups(items: Sequence[Waiting[T]]) -> list[list[Waiting[T]]]:

@@ -1,8 +1,8 @@
-"""Whether a cluster can hold the replicas asked for, and what is missing in plain words.
+"""What a replica takes of a cluster, whether that can hold it, and what is missing in plain words.
 
-In: a profile, a number of replicas, and what each node has in total. Out: sentences, none if it
-fits. The judgement is pure; what nodes have is asked of Ray (``flow.cluster_nodes``) or, where no
-cluster is named, of this machine.
+In: what one replica needs, a number of replicas, and what each node has, in total or free. Out: the
+share to reserve on each node; sentences, none if it fits. The judgement is pure; what nodes have is
+asked of Ray (``flow.cluster_nodes``) or, where no cluster is named, of this machine.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import psutil
 
 from pipeline.profile import EngineProfile, Needs
 
+PREPARE_CPUS = 1
+"""CPUs beside the replicas', to read and prepare rows with."""
 _GIB = 2**30
 _MEMORY_SLACK = 0.9
-"""Ray reports 70-95 % of a node's memory as schedulable: a node counts if it has 90 % of a need."""
+"""Ray reports 70-95 % of a node's memory as schedulable: 90 % of a need is asked for."""
+_ACCELERATOR_SHARE = 0.001
+"""Of a node's mark for its kind of GPU: enough to be put there, and never used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +46,38 @@ def this_machine(*, cpus: float) -> NodeCapacity | None:
     )
 
 
+def bundles(needs: Needs) -> list[dict[str, float]]:
+    """What one replica reserves, node by node, as Ray's resources."""
+    share: dict[str, float] = {
+        "CPU": needs.cpus_per_node,
+        "memory": int(needs.memory_gib_per_node * _MEMORY_SLACK * _GIB),
+    }
+    if needs.gpus_per_node:
+        share["GPU"] = needs.gpus_per_node
+    if needs.accelerator is not None:
+        share[f"accelerator_type:{needs.accelerator}"] = _ACCELERATOR_SHARE
+    return [dict(share) for _ in range(needs.nodes)]
+
+
+def waits_for(needs: Needs, free: Sequence[NodeCapacity]) -> str | None:
+    """Why a place for one replica cannot be had of what ``free`` says the nodes have left; None if
+    it can."""
+    if not free:
+        return "the cluster has no live node"
+    fitting = sum(slots(node, needs) > 0 for node in free)
+    if fitting >= needs.nodes:
+        return None
+    return _no_room(needs, free, fitting, " free")
+
+
 def missing(profile: EngineProfile, replicas: int, nodes: Sequence[NodeCapacity]) -> list[str]:
     """What ``nodes`` lack to hold ``replicas`` of ``profile``; empty if they fit."""
     needs = profile.needs
     if not nodes:
         return ["the cluster has no live node"]
-    fitting = [node for node in nodes if _slots(node, needs) > 0]
+    fitting = [node for node in nodes if slots(node, needs) > 0]
     if len(fitting) < needs.nodes:
-        return [_no_room(needs, nodes, len(fitting))]
+        return [_no_room(needs, nodes, len(fitting), "")]
     held = _replicas_held(fitting, needs)
     if held < replicas:
         return [
@@ -58,15 +86,15 @@ def missing(profile: EngineProfile, replicas: int, nodes: Sequence[NodeCapacity]
     return []
 
 
-def _slots(node: NodeCapacity, needs: Needs) -> int:
+def slots(node: NodeCapacity, needs: Needs) -> int:
     """How many replicas' shares fit on ``node`` at once."""
     if needs.accelerator is not None and node.accelerator != needs.accelerator:
         return 0
-    slots = int(node.cpus // needs.cpus_per_node)
-    slots = min(slots, int(node.memory_gib // (needs.memory_gib_per_node * _MEMORY_SLACK)))
+    count = int(node.cpus // needs.cpus_per_node)
+    count = min(count, int(node.memory_gib // (needs.memory_gib_per_node * _MEMORY_SLACK)))
     if needs.gpus_per_node:
-        slots = min(slots, node.gpus // needs.gpus_per_node)
-    return slots
+        count = min(count, node.gpus // needs.gpus_per_node)
+    return count
 
 
 def _replicas_held(nodes: Sequence[NodeCapacity], needs: Needs) -> int:
@@ -74,18 +102,18 @@ def _replicas_held(nodes: Sequence[NodeCapacity], needs: Needs) -> int:
 
     k replicas fit exactly if the nodes, each counted with at most k shares, have k x nodes shares.
     """
-    slots = [_slots(node, needs) for node in nodes]
+    counts = [slots(node, needs) for node in nodes]
     held = 0
-    while sum(min(count, held + 1) for count in slots) >= (held + 1) * needs.nodes:
+    while sum(min(count, held + 1) for count in counts) >= (held + 1) * needs.nodes:
         held += 1
     return held
 
 
-def _no_room(needs: Needs, nodes: Sequence[NodeCapacity], fitting: int) -> str:
+def _no_room(needs: Needs, nodes: Sequence[NodeCapacity], fitting: int, there: str) -> str:
     best = max(nodes, key=lambda node: (node.gpus, node.cpus, node.memory_gib))
     kind = f" {best.accelerator}" if best.accelerator else ""
     return (
-        f"a replica needs {_describe(needs)}; {fitting} of {len(nodes)} nodes have that "
+        f"a replica needs {_describe(needs)}; {fitting} of {len(nodes)} nodes have that{there} "
         f"(the largest, {best.name}, has {best.gpus}{kind} GPUs, {best.cpus:g} CPUs, "
         f"{best.memory_gib:.0f} GiB)"
     )

@@ -9,10 +9,13 @@ of a node that was given up or a driver that was relieved, is dropped. Only a pa
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
 import re
+import sys
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +27,59 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import AccountingError, StorageError
+from pipeline.experts import PackedLoad
+from pipeline.histogram import latency_bucket, length_bucket
+from pipeline.pace import Pace
 from pipeline.plan import Plan, Shard
-from pipeline.records import Failure, Outcome, SampleKey, Status, part_table, read_records
+from pipeline.records import (
+    Completion,
+    Outcome,
+    SampleKey,
+    Status,
+    part_table,
+    read_records,
+    told,
+)
 
 log = logging.getLogger(__name__)
 
 _STATS_KEY = b"maverick.part"
+_DATA_KEY = "maverick.data.sha256"
 _FOOTER_THREADS = 16
+_EXAMPLES_PER_CODE = 2
+_EXAMPLE_ID = 120  # characters
+_EXAMPLE_MESSAGE = 400  # characters
 _PART_NAME = re.compile(r"part-(\d{6}|[1-9]\d{6,})\.parquet", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which replica made a part, and when it began to."""
+
+    replica: str
+    """The same for all processes that take this replica's place within a start."""
+    process: str
+    """This process alone."""
+    node: str
+    """The name of the machine it is on."""
+    engine_restarts: int
+    """Of this process until the commit."""
+    start: float
+    """When the driver's start began, in seconds since 1970, by the driver's clock."""
+    opened: float
+    """When the shard came to the replica, in seconds since 1970, by the replica's clock."""
+    cold_start_s: float = 0.0
+    """Seconds this process took from its beginning until its engine was up; 0: not recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One record of an error code, to look at."""
+
+    custom_id: str
+    input_file: str
+    input_row: int
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +107,30 @@ class PartStats:
     cpu_s: dict[str, float] = field(default_factory=dict)
     """CPU seconds by step (see ``cpu``): of its own block until it was prepared, and of its replica
     since the part before."""
+    images: int = 0
+    """Of rows that were ready for an engine; hosted APIs charge by them."""
+    latencies: dict[str, int] = field(default_factory=dict)
+    """Completions by latency, as ``histogram.latency_bucket`` numbers them."""
+    prompt_lengths: dict[str, int] = field(default_factory=dict)
+    """Rows by the length of their prompt, as ``lengths``; those whose tokens were counted."""
+    examples: dict[str, tuple[Example, ...]] = field(default_factory=dict)
+    """A few records of each error code, the first in input order."""
+    pace: Pace = field(default_factory=Pace)
+    """When its rows were finished; those taken over too, if their journal says."""
+    attempt: Attempt | None = None
+    """Which made it; None: no replica did, or an earlier version, as the fields before this."""
+    made_tokens: int = 0
+    """Completion tokens of the records that are not taken over."""
+    committed_at: float = 0.0
+    """Seconds since 1970; 0: an earlier version."""
+    engine_tokens: dict[str, int] = field(default_factory=dict)
+    """prompt, completion: of the requests that its replica's engine says it completed since the
+    part before; empty if it said nothing."""
+    replica: dict[str, str] = field(default_factory=dict)
+    """Who made it: process (an id), hardware, engine (a fingerprint of model and arguments),
+    version (the engine's); empty if no replica did."""
+    experts: PackedLoad | None = None
+    """Tokens by expert, of its replica's engine since the part before; None: it does not tell."""
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -67,7 +139,16 @@ class PartStats:
     @classmethod
     def from_json(cls, text: str | bytes) -> PartStats:
         """The inverse of ``to_json``."""
-        return cls(**json.loads(text))
+        stored = json.loads(text, object_pairs_hook=_with_shared_keys)
+        if "pace" in stored:
+            stored["pace"] = Pace.from_json(stored["pace"])
+        if stored.get("attempt"):
+            stored["attempt"] = Attempt(**stored["attempt"])
+        if stored.get("experts"):
+            stored["experts"] = PackedLoad.from_json(stored["experts"])
+        for code, examples in stored.get("examples", {}).items():
+            stored["examples"][code] = tuple(Example(**example) for example in examples)
+        return cls(**stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +160,37 @@ class Destination:
     model_name: str
 
 
+def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are kept once for all parts: a driver holds the stats of each."""
+    return {sys.intern(key): value for key, value in pairs}
+
+
 def part_uri(output_uri: str, shard: int) -> str:
     """Where the part of ``shard`` goes."""
     return storage.join(output_uri, "data", f"part-{shard:06d}.parquet")
 
 
 def summarize(
-    shard: int,
+    shard: Shard,
     outcomes: Sequence[Outcome],
     seconds: float,
     run_id: str,
-    taken_over: int = 0,
+    known: Collection[SampleKey] = (),
     cpu_s: Mapping[str, float] | None = None,
+    images: int = 0,
+    attempt: Attempt | None = None,
+    engine_tokens: Mapping[str, int] | None = None,
+    replica: Mapping[str, str] | None = None,
+    experts: PackedLoad | None = None,
 ) -> PartStats:
-    """The stats of a part that holds ``outcomes``."""
-    completed = [outcome for outcome in outcomes if not isinstance(outcome, Failure)]
+    """The stats of a part that holds ``outcomes``, those in ``known`` from the journal."""
+    completed = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
     codes = [str(outcome.code) for outcome in outcomes if outcome.code is not None]
-    rows = _count_rows(outcomes)
+    expired = {outcome.key for outcome in outcomes if outcome.status is Status.EXPIRED}
+    made = [outcome for outcome in completed if outcome.key not in known]
     return PartStats(
-        shard=shard,
-        rows=rows,
+        shard=shard.index,
+        rows=_count_rows(outcomes),
         records=len(outcomes),
         tokens={
             "prompt": sum(outcome.prompt_tokens for outcome in outcomes),
@@ -108,12 +200,53 @@ def summarize(
         },
         errors=dict(Counter(codes)),
         finish_reasons=dict(Counter(outcome.finish_reason for outcome in completed)),
-        lengths=dict(Counter(str(o.completion_tokens.bit_length()) for o in completed)),
+        lengths=_counted(length_bucket(o.completion_tokens) for o in completed),
         seconds=round(seconds, 3),
         run=run_id,
-        taken_over=taken_over,
+        taken_over=len({row for row, _ in expired.union(known)}),
+        images=images,
         cpu_s={step: round(spent, 6) for step, spent in (cpu_s or {}).items()},
+        latencies=_counted(latency_bucket(o.latency_s) for o in completed),
+        prompt_lengths=_counted(
+            length_bucket(o.prompt_tokens)
+            for o in outcomes
+            if o.sample_index == 0 and o.prompt_tokens
+        ),
+        examples=_examples(shard.uri, outcomes),
+        pace=Pace.of(outcomes),
+        attempt=attempt,
+        made_tokens=sum(outcome.completion_tokens for outcome in made),
+        committed_at=round(time.time(), 3),
+        engine_tokens=dict(engine_tokens or {}),
+        replica=dict(replica or {}),
+        experts=experts,
     )
+
+
+def _counted(buckets: Iterable[int]) -> dict[str, int]:
+    return {str(bucket): count for bucket, count in Counter(buckets).items()}
+
+
+def _examples(input_file: str, outcomes: Iterable[Outcome]) -> dict[str, tuple[Example, ...]]:
+    """The first records of each error code, cut and without secrets."""
+    found: dict[str, list[Outcome]] = {}
+    faulty = [outcome for outcome in outcomes if outcome.code is not None]
+    for outcome in sorted(faulty, key=lambda outcome: outcome.key):
+        chosen = found.setdefault(str(outcome.code), [])
+        if len(chosen) < _EXAMPLES_PER_CODE:
+            chosen.append(outcome)
+    return {
+        code: tuple(
+            Example(
+                told(outcome.custom_id, _EXAMPLE_ID),
+                told(input_file),
+                outcome.input_row,
+                told(outcome.message or "", _EXAMPLE_MESSAGE),
+            )
+            for outcome in chosen
+        )
+        for code, chosen in found.items()
+    }
 
 
 def _count_rows(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -140,18 +273,27 @@ def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats
     """
     _check_whole(table, shard)
     metadata = {**(table.schema.metadata or {}), _STATS_KEY: stats.to_json().encode()}
-    sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    content = _to_parquet(table.replace_schema_metadata(metadata))
     uri = part_uri(output_uri, shard.index)
-    if storage.create_bytes(uri, sink.getvalue()):
+    if storage.create_bytes(uri, content):
         return stats
     earlier = _read_stats(uri)
     if earlier.run == stats.run:
         log.info("shard %d was committed by another attempt; this one is dropped", shard.index)
         return earlier
     log.warning("%s is of another run (%s) and is replaced", uri, earlier.run)
-    storage.put_bytes(uri, sink.getvalue())
+    storage.put_bytes(uri, content)
     return stats
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    """The object's bytes; its footer has the SHA-256 of all that stands before the footer."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+        digest = hashlib.sha256(sink.getbuffer()).hexdigest()
+        writer.add_key_value_metadata({_DATA_KEY: digest})
+    return sink.getvalue()
 
 
 def committed_stats(to: Destination, shard: Shard) -> PartStats | None:
@@ -176,17 +318,32 @@ def commit_outcomes(
     seconds: float = 0.0,
     known: Collection[SampleKey] = (),
     cpu_s: Mapping[str, float] | None = None,
+    images: int = 0,
+    attempt: Attempt | None = None,
+    engine_tokens: Mapping[str, int] | None = None,
+    replica: Mapping[str, str] | None = None,
+    experts: PackedLoad | None = None,
 ) -> PartStats:
     """Commit the outcomes of one whole shard, with its carried columns in input order.
 
-    ``known`` are those of the outcomes that the journal had; ``cpu_s`` goes into the stats.
+    ``known`` are those of the outcomes that the journal had; the others go into the stats.
 
     Raises:
         AccountingError, StorageError: as ``commit_part``.
     """
-    expired = {outcome.key for outcome in outcomes if outcome.status is Status.EXPIRED}
-    taken_over = len({row for row, _ in expired.union(known)})
-    stats = summarize(shard.index, outcomes, seconds, to.run_id, taken_over, cpu_s)
+    stats = summarize(
+        shard,
+        outcomes,
+        seconds,
+        to.run_id,
+        known,
+        cpu_s,
+        images,
+        attempt,
+        engine_tokens,
+        replica,
+        experts,
+    )
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to.output_uri, table, shard, stats)
 
@@ -242,6 +399,41 @@ def read_part(output_uri: str, shard: int) -> list[Outcome]:
         raise StorageError(_damaged(uri, error)) from None
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A committed part, read whole."""
+
+    table: pa.Table
+    stats: PartStats
+    checksum: str | None
+    """SHA-256 of its data as recorded when it was written; None: another program wrote it."""
+    found_checksum: str
+    """SHA-256 of its data as found."""
+
+
+def read_stored_part(output_uri: str, shard: int) -> StoredPart:
+    """A committed part with all that its footer says of it, by one GET.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StorageError: it cannot be read, is damaged, or was not written by this program.
+    """
+    uri = part_uri(output_uri, shard)
+    content = storage.read_bytes(uri)
+    metadata = _read_metadata(uri, io.BytesIO(content))
+    stats = _stats_of(uri, metadata)
+    checksum = metadata.get(_DATA_KEY.encode())
+    footer = int.from_bytes(content[-8:-4], "little")
+    data = memoryview(content)[: max(0, len(content) - 8 - footer)]
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:  # OSError: its pages
+        raise StorageError(_damaged(uri, error)) from None
+    return StoredPart(
+        table, stats, checksum and checksum.decode(), hashlib.sha256(data).hexdigest()
+    )
+
+
 def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
     """The stats of committed parts, from their footers, in parallel.
 
@@ -255,6 +447,10 @@ def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
 def _read_stats(uri: str) -> PartStats:
     with storage.open_input(uri) as handle:
         metadata = _read_metadata(uri, handle)
+    return _stats_of(uri, metadata)
+
+
+def _stats_of(uri: str, metadata: Mapping[bytes, Any]) -> PartStats:
     if _STATS_KEY not in metadata:
         raise StorageError(f"{uri} was not written by this program; move it away")
     try:

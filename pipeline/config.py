@@ -9,20 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from pipeline.dates import check_date, with_date
 from pipeline.deadline import check_deadline
 from pipeline.errors import ConfigError
 from pipeline.sampling import SamplingDefaults
-from pipeline.validation import describe
+from pipeline.template import RequestTemplate
+from pipeline.validation import VARIANT, describe
 
 Columns = dict[str, str]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """What every part of a config is: frozen, without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
@@ -33,7 +46,7 @@ def _check_uris(value: Any) -> Any:
     return value
 
 
-class InputSection(_Section):
+class InputSection(Section):
     """Where the rows come from."""
 
     uri: Annotated[str | list[str], BeforeValidator(_check_uris)]
@@ -41,9 +54,11 @@ class InputSection(_Section):
     those; file://, s3://, gs://, a path."""
     columns: Columns = {}
     """Our column name -> the input's column name, where they differ; of Parquet."""
+    template: RequestTemplate | None = None
+    """How rows that are no requests become some; null: the rows bring prompt or messages."""
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """Where the run folder goes."""
 
     uri: Annotated[str, Field(min_length=1)]
@@ -52,18 +67,59 @@ class OutputSection(_Section):
     """Input columns copied to the output; null = all but prompt, messages, images and sampling."""
 
 
-class EngineSection(_Section):
+class ReplicaRange(Section):
+    """How many engines, where the cluster grows and shrinks."""
+
+    min: Annotated[int, Field(ge=1)]
+    """A cluster that does not grow, and cannot hold so many, is refused."""
+    max: Annotated[int, Field(ge=1)]
+    """So many are asked for, and come and go with the cluster's nodes."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplicaRange:
+        if self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}")
+        return self
+
+
+def _replicas_form(value: Any) -> str | None:
+    if isinstance(value, Mapping | ReplicaRange):
+        return f"{VARIANT}range"
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return f"{VARIANT}number" if is_number else None
+
+
+class EngineSection(Section):
     """Which engine, and how many of it."""
 
     profile: Annotated[str, Field(min_length=1)]
     """Name of a file in cluster/engines/ (without .yaml), or a path to a profile."""
-    replicas: Annotated[int, Field(ge=1)] = 1
-    """Number of engines (model copies) that work side by side."""
+    replicas: Annotated[
+        Annotated[int, Field(ge=1), Tag(f"{VARIANT}number")]
+        | Annotated[ReplicaRange, Tag(f"{VARIANT}range")],
+        Discriminator(
+            _replicas_form,
+            custom_error_type="replicas",
+            custom_error_message="must be a number of engines, or a range such as {min: 1, max: 8}",
+        ),
+    ] = 1
+    """Number of engines (model copies) that work side by side, or {min: 1, max: 8}. Each works as
+    soon as it is up; one whose node is lost comes back once there is a node for it."""
     overrides: dict[str, Any] = {}
     """vLLM engine arguments that replace the profile's, checked against vLLM's own names."""
 
+    @property
+    def fewest_replicas(self) -> int:
+        """So many the cluster must be able to hold."""
+        return self.replicas.min if isinstance(self.replicas, ReplicaRange) else self.replicas
 
-class LimitsSection(_Section):
+    @property
+    def most_replicas(self) -> int:
+        """So many are asked for."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+
+class LimitsSection(Section):
     """Bounds that keep one bad row, file or host from costing more than itself."""
 
     max_error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
@@ -95,7 +151,7 @@ class LimitsSection(_Section):
     """Images fetched at a time by one prepare task."""
 
 
-class ImagesSection(_Section):
+class ImagesSection(Section):
     """Which images rows may name by URI, beside those in the input's own bucket or folder."""
 
     roots: list[str] = []
@@ -106,11 +162,28 @@ class ImagesSection(_Section):
     """Seconds one image may take from a web host, with redirects and attempts."""
 
 
-class JobConfig(_Section):
+class PricesSection(Section):
+    """What plan and report count money with. It changes no completion, so a run may go on with
+    other prices."""
+
+    file: Annotated[str | None, Field(min_length=1)] = None
+    """A price list like cluster/prices.yaml, which is the default."""
+    gpu_hour: Annotated[float | None, Field(ge=0)] = None
+    """What one GPU costs for an hour, in the list's currency; null = the list's price of its
+    kind."""
+
+
+class JobConfig(Section):
     """One batch-inference run."""
+
+    DATED: ClassVar[tuple[str, ...]] = ("input.uri", "output.uri", "images.roots")
+    """Keys in whose values ``{date}`` is replaced."""
 
     name: Annotated[str, Field(min_length=1)] = "nightly"
     """A name for people: logs and the report show it."""
+    date: Annotated[str | None, BeforeValidator(check_date)] = None
+    """What {date} in input.uri, output.uri and images.roots stands for, YYYY-MM-DD; null = the UTC
+    date when the config is loaded. The one that was used is saved with the run."""
     input: InputSection
     """Where the rows come from."""
     output: OutputSection
@@ -125,6 +198,16 @@ class JobConfig(_Section):
     """Which images rows may name by URI."""
     limits: LimitsSection = LimitsSection()
     """Bounds on rows, images and errors."""
+    prices: PricesSection = PricesSection()
+    """What plan and report count money with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _put_date(cls, document: Any) -> Any:
+        return with_date(document, cls.DATED) if isinstance(document, Mapping) else document
+
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
@@ -133,19 +216,40 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
     Raises:
         ConfigError: no such file, no YAML, an unknown key, or a value out of its range.
     """
-    source = Path(path)
-    document = _read_yaml(source)
+    return load_config_as(JobConfig, path, overrides)
+
+
+def load_config_as(kind: type[Config], path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """As ``load_config``, of a job whose config has other sections.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key, or a value out of its range.
+    """
+    return _checked(kind, read_document(path, overrides), str(path))
+
+
+def read_document(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What ``load_config`` checks: the YAML with its overrides, as written.
+
+    Raises:
+        ConfigError: no such file, no YAML mapping, or an override of another form.
+    """
+    document = _read_yaml(Path(path))
     for override in overrides:
         document = _apply_override(document, override)
-    return parse_config(document, source=str(source))
+    return document
 
 
 def parse_config(document: Mapping[str, Any], *, source: str) -> JobConfig:
     """Check a config that is already parsed; ``source`` names it in errors."""
+    return _checked(JobConfig, document, source)
+
+
+def _checked(kind: type[Config], document: Mapping[str, Any], source: str) -> Config:
     try:
-        return JobConfig.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe(error, JobConfig)}") from None
+        raise ConfigError(f"{source}: {describe(error, kind)}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -157,7 +261,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day that there is not
         detail = " ".join(str(error).split())
         raise ConfigError(f"{path}: is not valid YAML: {detail}.") from None
     if not isinstance(document, dict):
@@ -173,7 +277,7 @@ def _apply_override(document: Mapping[str, Any], override: str) -> dict[str, Any
         raise ConfigError(f"--set {override}: write it as key.path=value, e.g. engine.replicas=2.")
     try:
         value = text if " #" in text else yaml.safe_load(text)  # YAML would drop it as a comment
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a day that there is not
         raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML.") from None
     return _with_value(document, path, value, override)
 

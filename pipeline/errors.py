@@ -44,6 +44,7 @@ class ErrorCode(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     INVALID_MESSAGES = "invalid_messages"
     INVALID_PARAMETER = "invalid_parameter"
+    TEMPLATE_ERROR = "template_error"
     DUPLICATE_CUSTOM_ID = "duplicate_custom_id"
     IMAGE_NOT_FOUND = "image_not_found"
     IMAGE_INVALID = "image_invalid"

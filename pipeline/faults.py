@@ -31,6 +31,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
+from pipeline import metrics
 from pipeline.errors import StorageUnavailableError
 
 T = TypeVar("T")
@@ -181,6 +182,7 @@ def retrying(function: Callable[[], T], *, what: str) -> T:
         return max(0.0, min(_BACKOFF(state), give_up_at - time.monotonic()))
 
     def log(state: RetryCallState) -> None:
+        metrics.STORE_RETRIES.add(1)
         logger.warning(
             "%s: attempt %d failed, again in %.1f s: %s",
             what,

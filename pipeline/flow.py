@@ -1,70 +1,84 @@
-"""The steps as one Ray Data flow. With the replica's actor, the one module that imports Ray.
+"""The steps as one flow: Ray Data reads and prepares, the pool's replicas generate and commit.
 
     ShardSource (read) -> prepare_block (prepare) -> ReplicaActor (generate, commit) -> PartStats
 
+With ``blocks``, ``ray_cluster``, ``roster_actor``, ``actor``, ``leaving`` and ``ray_metrics``, what
+imports Ray.
+
 In: a ``FlowSpec`` and the shards to do. Out: ``PartStats`` in order of completion. Every block on
 the way is exactly one shard: Ray Data may neither split nor merge them, so the block size cap is
-off, and each step checks the shard it was given. The caller's thread stays free to look after the
-replicas (see ``roster``) and to stop them.
+off, and each step checks the shard it was given. Blocks stay in Ray's object store; the driver
+hands them on (see ``pool``) and looks after the replicas (see ``roster``) meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import queue
 import socket
-import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import DataContext
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
-from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 
-from pipeline.actor import ReplicaActor, ReplicaSpec
-from pipeline.capacity import NodeCapacity
+from pipeline import logs
+from pipeline.actor import ReplicaSpec
+from pipeline.blocks import Blocks, end_datasets
+from pipeline.capacity import PREPARE_CPUS, NodeCapacity
 from pipeline.commit import PartStats
+from pipeline.count import ShardCounts, count_block, spread_rows
 from pipeline.cpu import Laps, Step, added, block_cpu, with_cpu
 from pipeline.duplicates import Duplicates
 from pipeline.errors import CapacityError, EngineError, PipelineError
 from pipeline.expire import expire_shard
 from pipeline.model import load_prompt_format
-from pipeline.plan import FirstUse, InputFile, Shard
+from pipeline.plan import OPEN_SHARDS, FirstUse, InputFile, Shard
+from pipeline.pool import Pool
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.profile import Needs
+from pipeline.ray_cluster import RayCluster, RayWorker, last_line, node_capacity
 from pipeline.read import InputColumns, read_shard
-from pipeline.records import input_block
+from pipeline.records import block_shard, input_block
 from pipeline.redact import configure_logging
-from pipeline.replica import OPEN_SHARDS
-from pipeline.roster import Roster, Snapshot
+from pipeline.roster import Snapshot
+from pipeline.roster_actor import RosterActor
+from pipeline.survey import Pick
 
 log = logging.getLogger(__name__)
 
 _STARTS_PER_REPLICA = 4
 """Starts of a replica's process without one more completed row, after which the run fails."""
 _POLL_S = 0.25
+_HUNGRY_POLL_S = 0.02
+"""While replicas could take more shards than are prepared."""
+_AHEAD = 2
+"""Prepared blocks that the driver holds for the next replica that is free."""
 _LOOK_INTERVAL_S = 1.0
-_ANSWER_S = 30.0  # the roster answers at once; a driver's node may be short of CPU
 _REPORT_S = 5.0
 """Of ``drain_s``, what is left for Ray's shutdown and the report."""
 _LAST_JOURNAL_S = 4.0
 """Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
-_EXECUTOR_STOP_S = 3.0
-"""What Ray Data gets to end in order; a dataset without a block on its way cannot."""
+_DATASETS_END_S = 3.0
+"""What Ray Data gets to end what it is at."""
 _RAY_ADVICE = "\nFailed to "
 """How the advice begins that Ray Data appends to the message of whatever a step raises."""
 _CONNECT_S = 3.0
-_GIB = 2**30
+_NODE_GROUP = "ray.io/node-group"
+"""Ray's label of a node, by what made it."""
+_IN_PROCESS = "local"
+"""To Ray: start one, whatever cluster was started on this machine before."""
+_Pool = Pool[PlacementGroup, RayWorker, ray.ObjectRef, str | None]
 _task_cpu = Laps()
 """Of the worker process this is imported in: it runs one task at a time."""
 
@@ -80,11 +94,14 @@ class FlowSpec:
     """The planned input files by URI."""
     duplicates: Duplicates
     replicas: int
+    """Most replicas at a time; fewer while the cluster holds no more."""
     needs: Needs
     stall_s: float
     """Seconds without a pulse of a replica's process before it is ended."""
     drain_s: float
     """Seconds ``run_shards`` may take to end once it is told to."""
+    adjust: Callable[[pa.Table], pa.Table] | None = None
+    """What is made of each prepared block before an engine sees it; picklable. None: nothing."""
 
 
 class ShardSource(Datasource):
@@ -135,19 +152,22 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
         CapacityError: the cluster cannot be reached.
         EngineError: Ray does not start here; the machine may be too busy.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
+    address = os.environ.get("RAY_ADDRESS") or _IN_PROCESS
+    options: dict[str, Any] = {}
+    if address == _IN_PROCESS:
+        options = {"num_cpus": local_cpus, "include_dashboard": False}
+    else:
         _check_answers(address)
-    options = {} if address else {"num_cpus": local_cpus, "include_dashboard": False}
     try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
     except Exception as error:  # Ray raises a bare Exception when a start times out
-        if address is None:
+        if address == _IN_PROCESS:
             raise EngineError(f"Ray could not be started on this machine: {error}") from error
         raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
+        end_datasets(_DATASETS_END_S)
         ray.shutdown()
 
 
@@ -168,16 +188,19 @@ def _check_answers(address: str) -> None:
 def cluster_nodes() -> list[NodeCapacity]:
     """What the connected cluster's live nodes hold in total, free or not."""
     return [
-        NodeCapacity(
-            name=node["NodeManagerHostname"],
-            cpus=node["Resources"].get("CPU", 0.0),
-            gpus=int(node["Resources"].get("GPU", 0)),
-            memory_gib=node["Resources"].get("memory", 0.0) / _GIB,
-            accelerator=_accelerator(node["Resources"]),
-        )
+        node_capacity(node["NodeManagerHostname"], node["Resources"])
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def cluster_grows() -> bool:
+    """Whether the connected cluster's nodes come from KubeRay or ``ray up``, whose autoscalers add
+    some for what waits.
+
+    They name each node's group. Ray tells nobody whether the autoscaler itself is on.
+    """
+    return any(_NODE_GROUP in node["Labels"] for node in ray.nodes() if node["Alive"])
 
 
 def run_shards(
@@ -192,19 +215,36 @@ def run_shards(
             down what they have, and this ends within ``spec.drain_s``.
 
     Raises:
-        EngineError: a replica could not start, or replicas died again and again.
+        EngineError: an engine refuses to start, or replicas died again and again.
         StorageError, AccountingError: a part could not be read or written whole.
     """
-    roster = _start_roster()
-    driver = _Driver(spec, roster, watch)
-    with _own_errors():
-        results = _Results(_dataset(spec, shards, roster))
-        while not results.finished and not driver.wants_stop():
-            yield from results.take(_POLL_S)
-        if not results.finished:
-            yield from driver.drain(results)
-        yield from results.take(0)
-        results.raise_error()
+    roster = RosterActor.start()
+    names = [uuid.uuid4().hex for _ in range(min(spec.replicas, len(shards)))]
+    replicas = RayCluster(spec.replica, spec.needs, roster.handle)
+    with (
+        _own_errors(),
+        Pool(replicas, names, depth=OPEN_SHARDS + 1, spare_cpus=PREPARE_CPUS) as pool,
+        Blocks(_prepared(spec, shards), ahead=_AHEAD) as blocks,
+    ):
+        driver = _Driver(spec, roster, pool, watch)
+        while not (blocks.all_taken and pool.idle) and not driver.wants_stop():
+            yield from _step(pool, blocks)
+        if not (blocks.all_taken and pool.idle):
+            yield from driver.drain()
+
+
+def _step(pool: _Pool, blocks: Blocks) -> Iterator[PartStats]:
+    """Hand prepared blocks on, and take what came of others."""
+    while pool.waiting < _AHEAD + pool.room and (block := blocks.take()) is not None:
+        pool.offer(block)
+    pool.all_read = blocks.all_taken
+    hungry = pool.room > 0 and not blocks.all_taken
+    yield from _committed(pool, _HUNGRY_POLL_S if hungry else _POLL_S)
+
+
+def _committed(pool: _Pool, timeout_s: float) -> Iterator[PartStats]:
+    """One step of the pool: the parts of it; shards that a drain left open have none."""
+    return map(PartStats.from_json, filter(None, pool.step(timeout_s)))
 
 
 def expire_shards(spec: FlowSpec, shards: Sequence[Shard]) -> Iterator[PartStats]:
@@ -224,15 +264,39 @@ def expire_shards(spec: FlowSpec, shards: Sequence[Shard]) -> Iterator[PartStats
             yield from map(PartStats.from_json, batch.column("stats").to_pylist())
 
 
+def count_shards(spec: FlowSpec, picks: Sequence[Pick]) -> Iterator[ShardCounts]:
+    """Read and prepare the picked rows as a run would, and count them; in any order.
+
+    Prepared blocks are counted in the task that made them and go no further. Nothing is written.
+
+    Raises:
+        StorageError: an input file cannot be read, or changed.
+        EngineError: Ray gave up.
+    """
+    _configure_ray_data()
+    rows = {pick.shard.index: pick.rows for pick in picks}
+    with _own_errors():
+        counted = _read(spec, [pick.shard for pick in picks]).map_batches(
+            partial(_count, spec=spec.prepare, rows=rows),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        for batch in counted.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from map(ShardCounts.from_json, batch.column("counts").to_pylist())
+
+
 class _Driver:
     """The driver's side of the roster: looks, decides, orders."""
 
-    def __init__(self, spec: FlowSpec, roster: Any, watch: Callable[[Snapshot], bool]) -> None:
+    def __init__(
+        self, spec: FlowSpec, roster: RosterActor, pool: _Pool, watch: Callable[[Snapshot], bool]
+    ) -> None:
         self._spec = spec
         self._roster = roster
+        self._pool = pool
         self._watch = watch
         self._next_look = 0.0
-        self._killed: dict[str, float] = {}
+        self._seen = Snapshot()
 
     def wants_stop(self) -> bool:
         """Look, at most once a second, and hear what the caller makes of it.
@@ -243,95 +307,33 @@ class _Driver:
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_INTERVAL_S
-        snapshot = self._look()
-        self._restart_hung(snapshot)
-        starts = snapshot.starts_without_progress
-        if starts > _STARTS_PER_REPLICA * self._spec.replicas:
+        found = self._roster.look()
+        if found is not None:
+            self._seen = found
+            self._replace_hung(found)
+        starts = self._seen.starts_without_progress
+        if starts > _STARTS_PER_REPLICA * self._pool.seated:
             raise EngineError(
                 f"{starts} replicas were started without one more row completed; "
-                f"the last error: {snapshot.last_error or 'their processes were killed'}"
+                f"the last error: {self._seen.last_error or 'their processes were killed'}"
             )
-        return self._watch(snapshot)
+        return self._watch(replace(self._seen, lacking=self._pool.lacking))
 
-    def drain(self, results: _Results) -> Iterator[PartStats]:
+    def drain(self) -> Iterator[PartStats]:
         """Have the replicas stop; parts committed meanwhile, until all have or time is up."""
         until = time.monotonic() + self._spec.drain_s - _REPORT_S
         grace = max(0.0, self._spec.drain_s - _REPORT_S - _LAST_JOURNAL_S)
-        ray.get(self._roster.drain.remote(grace), timeout=_ANSWER_S)
-        while time.monotonic() < until and not results.finished and self._look().running:
-            yield from results.take(_POLL_S)
-        results.stop(_EXECUTOR_STOP_S)
+        self._pool.draining = True
+        self._roster.drain(grace)
+        while time.monotonic() < until and self._pool.working:
+            self._roster.look()  # a driver that does not look is taken for dead
+            yield from _committed(self._pool, _POLL_S)
 
-    def _look(self) -> Snapshot:
-        found: Snapshot = ray.get(self._roster.look.remote(), timeout=_ANSWER_S)
-        return found
-
-    def _restart_hung(self, snapshot: Snapshot) -> None:
-        """End replicas that have not been heard of; Ray starts others in their place."""
-        now = time.monotonic()
+    def _replace_hung(self, snapshot: Snapshot) -> None:
+        """End replicas that have not been heard of; others start in their places."""
         for silent in snapshot.silent:
-            since_kill = now - self._killed.get(silent.replica, -math.inf)
-            if min(silent.seconds, since_kill) > self._spec.stall_s and silent.handle is not None:
+            if silent.seconds > self._spec.stall_s and self._pool.kill(silent.replica):
                 log.warning("a replica was silent for %.0f s and is ended", silent.seconds)
-                self._killed[silent.replica] = now
-                ray.kill(silent.handle, no_restart=False)
-
-
-class _Results:
-    """A dataset's stats, taken by a thread of its own, so that the caller can look up meanwhile."""
-
-    def __init__(self, dataset: ray.data.Dataset) -> None:
-        self._queue: queue.SimpleQueue[PartStats] = queue.SimpleQueue()
-        self._error: Exception | None = None
-        self._stopped = False
-        self._thread = threading.Thread(
-            target=self._pull, args=(dataset,), name="results", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the dataset came to its end, good or bad."""
-        return not self._thread.is_alive()
-
-    def take(self, timeout_s: float) -> Iterator[PartStats]:
-        """What came in; waits for the first up to ``timeout_s``."""
-        try:
-            yield self._queue.get(timeout=timeout_s) if timeout_s else self._queue.get_nowait()
-            while True:
-                yield self._queue.get_nowait()
-        except queue.Empty:
-            return
-
-    def stop(self, timeout_s: float) -> None:
-        """End the dataset at its next block; waits for that up to ``timeout_s``."""
-        self._stopped = True
-        self._thread.join(timeout_s)
-        if not self.finished:  # its executor will complain once Ray is shut down under it
-            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-    def raise_error(self) -> None:
-        """Raise what ended the dataset, if anything did, unless it was to end anyway."""
-        if self._error is not None and not self._stopped:
-            raise self._error
-
-    def _pull(self, dataset: ray.data.Dataset) -> None:
-        try:
-            for batch in dataset.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                for stats in map(PartStats.from_json, batch.column("stats").to_pylist()):
-                    self._queue.put(stats)
-                if self._stopped:
-                    return
-        except Exception as error:  # noqa: BLE001 - raised again on the caller's thread
-            self._error = error
-
-
-def _start_roster() -> Any:
-    """The roster's actor, on the driver's own node: it is of no use without the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Roster).remote()
 
 
 @contextmanager
@@ -345,56 +347,44 @@ def _own_errors() -> Iterator[None]:
             raise type(cause)(str(cause).partition(_RAY_ADVICE)[0]) from error
         first_line = str(cause).partition("\n")[0]
         raise EngineError(f"a step failed: {type(cause).__name__}: {first_line}") from error
-    except ActorDiedError as error:
-        raise EngineError(f"a replica could not start, or died: {_last_line(error)}") from error
     except RayError as error:
-        raise EngineError(f"Ray gave up: {_last_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    """What a remote traceback ends with: the exception itself."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        raise EngineError(f"Ray gave up: {last_line(error)}") from error
 
 
 def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
     return ray.data.read_datasource(ShardSource(spec, shards), override_num_blocks=len(shards))
 
 
-def _prepare(block: pa.Table, spec: PrepareSpec) -> pa.Table:
+def _prepare(
+    block: pa.Table, spec: PrepareSpec, adjust: Callable[[pa.Table], pa.Table] | None, run: str
+) -> pa.Table:
     configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+    logs.name_process(run=run)
     spent = {Step.RAY: _task_cpu.lap()}
     load_prompt_format(spec.model)
     spent[Step.START] = _task_cpu.lap()
-    prepared = prepare_block(block, spec=spec)
+    with logs.about(shard=block_shard(block).index):
+        prepared = prepare_block(block, spec=spec)
+    if adjust is not None:
+        prepared = adjust(prepared)
     spent[Step.PREPARE] = _task_cpu.lap()
     return with_cpu(prepared, added(block_cpu(block), spent))
 
 
-def _dataset(spec: FlowSpec, shards: Sequence[Shard], roster: Any) -> ray.data.Dataset:
+def _count(block: pa.Table, spec: PrepareSpec, rows: Mapping[int, int]) -> pa.Table:
+    configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+    picked = spread_rows(block, rows[block_shard(block).index])
+    limit = load_prompt_format(spec.model).max_model_len
+    counts = count_block(prepare_block(picked, spec=spec), max_model_len=limit)
+    return pa.table({"counts": [counts.to_json()]})
+
+
+def _prepared(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
     _configure_ray_data()
-    prepared = _read(spec, shards).map_batches(
-        partial(_prepare, spec=spec.prepare), batch_size=None, batch_format="pyarrow"
-    )
-    return prepared.map_batches(
-        ReplicaActor,
-        fn_constructor_args=(spec.replica, roster),
+    return _read(spec, shards).map_batches(
+        partial(_prepare, spec=spec.prepare, adjust=spec.adjust, run=spec.replica.run_name),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=spec.replicas,
-            max_concurrent_calls_per_actor=OPEN_SHARDS,
-            max_tasks_in_flight_per_actor=OPEN_SHARDS + 1,
-            enable_true_multi_threading=True,
-        ),
-        num_cpus=spec.needs.cpus_per_node,
-        # An engine over several nodes gets its GPUs from vLLM's Ray backend, not the actor.
-        num_gpus=spec.needs.gpus_per_node if spec.needs.nodes == 1 else 0,
-        accelerator_type=spec.needs.accelerator if spec.needs.nodes == 1 else None,
-        # Also what keeps Ray Data from fusing prepare into the replica's process.
-        memory=spec.needs.memory_gib_per_node * _GIB,
-        # Ray restarts replicas, and retries their shards, without end (its default): the driver
-        # bounds restarts that get nowhere, which a night of lost nodes must not add up to.
     )
 
 
@@ -414,8 +404,3 @@ def _read_block(
     between = _task_cpu.lap()
     block = input_block(shard, read_shard(shard, columns, planned=planned), first_uses)
     return [with_cpu(block, {Step.READ: _task_cpu.lap(), Step.RAY: between})]
-
-
-def _accelerator(resources: dict[str, float]) -> str | None:
-    prefix = "accelerator_type:"
-    return next((key[len(prefix) :] for key in resources if key.startswith(prefix)), None)

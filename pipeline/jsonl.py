@@ -54,6 +54,19 @@ def read_rows(file: IO[bytes], first_byte: int, end_byte: int) -> list[bytes]:
     return [line for line in lines if not _is_blank(line)]
 
 
+def row_spans(file: IO[bytes], first_byte: int, end_byte: int) -> list[tuple[int, int]]:
+    """Of each row of a range of bytes, where it starts and where the next one may."""
+    file.seek(first_byte)
+    spans: list[tuple[int, int]] = []
+    start = first_byte
+    for line in file.read(end_byte - first_byte).split(b"\n"):
+        end = min(start + len(line) + 1, end_byte)
+        if not _is_blank(line):
+            spans.append((start, end))
+        start = end
+    return spans
+
+
 def _is_blank(line: bytes) -> bool:
     return not line or line.isspace()
 

@@ -27,13 +27,15 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import storage
+from pipeline import metrics, storage
 from pipeline.errors import LeaseLostError, RunBusyError, StorageError
 
 TTL_S = 20.0
 """How long the object is watched before its owner counts as gone: four missed renewals."""
 RENEWAL_S = 5.0
 _LOOKS_PER_RENEWAL = 5
+_MOST_SKEW_S = 900.0
+"""How far clocks may be apart: S3 refuses requests of a machine that is off by more."""
 _REMINDER_S = 60.0
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,17 @@ class _Seen:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseView:
+    """What somebody who does not want the lease sees of it."""
+
+    record: LeaseRecord
+    age_s: float
+    """Seconds since the last renewal."""
+    lives: bool
+    """Whether it is held by an owner that renews it."""
+
+
 class Lease:
     """A run's lease while it is ours. As a context manager it is released at the end."""
 
@@ -130,6 +143,7 @@ class Lease:
         uri = storage.join(run_uri, "_lease.json")
         contender = _Contender(uri, wait=wait, ttl_s=ttl_s, renewal_s=renewal_s)
         lease = cls(uri, contender.win(), ttl_s=ttl_s, renewal_s=renewal_s)
+        metrics.LEASE_LOST.set(0)
         lease._thread.start()
         return lease
 
@@ -201,10 +215,12 @@ class Lease:
                 seen = _look(self.uri)
                 if seen is None or seen.record.owner != self._record.owner:
                     self._lost = _why_lost(self.uri, seen)
+                    metrics.LEASE_LOST.set(1)
                     return
                 # a renewal whose answer never came was written all the same
                 version = storage.replace_bytes(self.uri, record.to_bytes(), seen.version)
             self._record, self._version = record, version
+            metrics.LEASE_RENEWED.set(time.time())
 
 
 def check_not_driven(run_uri: str, *, renewal_s: float = RENEWAL_S) -> None:
@@ -226,6 +242,43 @@ def check_not_driven(run_uri: str, *, renewal_s: float = RENEWAL_S) -> None:
             raise _busy(uri, seen.record)
         time.sleep(renewal_s / _LOOKS_PER_RENEWAL)
         seen = _look(uri)
+
+
+def observe(
+    run_uri: str, *, ttl_s: float = TTL_S, renewal_s: float = RENEWAL_S
+) -> LeaseView | None:
+    """Tell whether the run has a driver that lives; takes and writes nothing. None: no lease.
+
+    If the store dates both the lease and its answer (S3 does), their difference decides at once.
+    Elsewhere the age is by two clocks: one that looks fresh is believed, one that looks like that
+    of a dead owner only if no two clocks are so far apart; in between, the lease is watched for a
+    renewal, for up to ``1.5 * renewal_s``.
+
+    Raises:
+        StorageError: the object cannot be read, or is no lease.
+    """
+    uri = storage.join(run_uri, "_lease.json")
+    try:
+        found = storage.read_aged(uri)
+    except FileNotFoundError:
+        return None
+    record = _parsed(uri, found.content)
+    if record.state is LeaseState.RELEASED:
+        return LeaseView(record, found.age_s, lives=False)
+    if found.one_clock or abs(found.age_s) < ttl_s or found.age_s > _MOST_SKEW_S:
+        return LeaseView(record, found.age_s, lives=found.age_s < ttl_s)
+    return _watched(uri, LeaseView(record, found.age_s, lives=False), found.version, renewal_s)
+
+
+def _watched(uri: str, view: LeaseView, version: str, renewal_s: float) -> LeaseView:
+    """The view again, once a renewal was seen, or none came in time."""
+    until = time.monotonic() + 1.5 * renewal_s
+    while time.monotonic() < until:
+        time.sleep(renewal_s / _LOOKS_PER_RENEWAL)
+        seen = _look(uri)
+        if seen is not None and seen.version != version:
+            return LeaseView(seen.record, 0.0, lives=seen.record.state is LeaseState.HELD)
+    return view
 
 
 class _Contender:
@@ -308,8 +361,12 @@ def _look(uri: str) -> _Seen | None:
         content, version = storage.read_version(uri)
     except FileNotFoundError:
         return None
+    return _Seen(_parsed(uri, content), version)
+
+
+def _parsed(uri: str, content: bytes) -> LeaseRecord:
     try:
-        return _Seen(LeaseRecord.model_validate_json(content), version)
+        return LeaseRecord.model_validate_json(content)
     except ValidationError as error:
         raise StorageError(
             f"{uri} is not a lease of this program ({error.error_count()} faults, the first: "

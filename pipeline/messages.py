@@ -36,24 +36,34 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class RawPrompt:
-    """Text for the tokenizer as it is, as the completions endpoint takes it."""
+    """Text for the tokenizer as it is, or tokens, as the completions endpoint takes them."""
 
     text: str
     images: tuple[ImageSource, ...] = ()
     """None: only messages can place them."""
+    token_ids: tuple[int, ...] = ()
+    """The prompt's tokens, instead of ``text``."""
 
 
 def parse_raw_prompt(prompt: Any) -> RawPrompt:
     """A raw prompt, checked.
 
     Raises:
-        RowError: ``invalid_messages``: no string (lists of prompts or of tokens are not
-            supported), or an empty one.
+        RowError: ``invalid_messages``: neither a string nor a list of token ids (lists of prompts
+            are not supported), or an empty one.
     """
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | list):
         raise _invalid(f"prompt must be one string, not {type(prompt).__name__}")
     if not prompt:
         raise _invalid("the prompt is empty")
+    if isinstance(prompt, list):
+        strange = next((item for item in prompt if type(item) is not int), None)
+        if strange is not None:
+            raise _invalid(
+                "prompt must be one string or one list of token ids, not a list with "
+                f"{type(strange).__name__}"
+            )
+        return RawPrompt("", token_ids=tuple(prompt))
     return RawPrompt(_checked_text(prompt, "prompt"))
 
 

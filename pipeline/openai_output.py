@@ -167,6 +167,7 @@ def _chat_choice(record: Record) -> dict[str, Any]:
         "message": message,
         "logprobs": None if logprobs is None else {"content": _chat_logprobs(logprobs)},
         "finish_reason": "tool_calls" if calls else record["finish_reason"],
+        **_prompt_logprobs(record),
     }
 
 
@@ -197,6 +198,7 @@ def _completion_choice(record: Record) -> dict[str, Any]:
         "text": record["text"],
         "logprobs": None if logprobs is None else _completion_logprobs(logprobs),
         "finish_reason": record["finish_reason"],
+        **_prompt_logprobs(record),
     }
 
 
@@ -215,6 +217,19 @@ def _completion_logprobs(tokens: Sequence[Record]) -> dict[str, Any]:
         ],
         "text_offset": offsets[: len(texts)],
     }
+
+
+def _prompt_logprobs(record: Record) -> dict[str, Any]:
+    """In vLLM's shape, beside OpenAI's keys: an object per token, by its id; null for the first."""
+    tokens = record.get("prompt_logprobs")
+    if tokens is None:
+        return {}
+    places = [
+        token
+        and {str(token["token_id"]): {"logprob": _finite(token["logprob"]), "rank": token["rank"]}}
+        for token in tokens
+    ]
+    return {"prompt_logprobs": places}
 
 
 def _finite(logprob: float) -> float:

@@ -2,14 +2,16 @@
 
 In: what the input's files hold (of JSONL, also where each row starts). Out: ``Plan``, the list of
 shards. A shard is a range of rows of one file: one read task, one block, one output part, one
-commit. Shards are capped in rows and bytes, and shrink towards the end of the input, by the number
-of replicas that work on them, so that these finish together.
+commit. Shards are capped in rows and bytes, and cut for the replicas that work on them, so that
+these finish together: a short input into as many equal shards for each as it takes at once, a long
+one into shards that shrink towards its end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +20,10 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
+OPEN_SHARDS = 16
+"""Shards a replica works on at a time: while the last rows of some end, others fill the window.
+With fewer, a few long rows in each leave the engine empty; with more, the end of a run is bound to
+replicas too early (docs/simulation.md)."""
 _TAIL_SHARDS = 4
 """A shard is at most a quarter of one replica's share of the rows still to plan (guided
 self-scheduling), so those that are done early take more of the small ones: docs/simulation.md."""
@@ -152,7 +158,9 @@ def make_plan(
         shard_rows: most rows in a shard.
         shard_bytes: most bytes in a shard: exactly of JSONL, by the rows' average of Parquet. A
             row that is larger is a shard by itself.
-        replicas: how many will work on it: towards the end, each shard is their share of the rest.
+        replicas: how many will work on it. What all of them take at once is cut into
+            ``OPEN_SHARDS`` equal shards for each; of more rows, each shard towards the end is a
+            share of the rest.
         offsets: of each JSONL file, where its rows start.
     """
     shards = list(_cut(files, shard_rows, shard_bytes, replicas, offsets or {}))
@@ -188,19 +196,28 @@ def _cut(
 ) -> Iterator[Shard]:
     index = 0
     left = sum(file.rows for file in files)
+    at_once = replicas * OPEN_SHARDS
+    equal = max(_MIN_ROWS, math.ceil(left / at_once)) if left <= at_once * shard_rows else None
     for file in files:
         starts = offsets.get(file.uri)
         bounds = None if starts is None else np.append(starts, file.size)
         first = 0
         while first < file.rows:
-            by_tail = max(_MIN_ROWS, left // (_TAIL_SHARDS * replicas))
+            rest = file.rows - first
+            quarter = max(_MIN_ROWS, left // (_TAIL_SHARDS * replicas))
+            by_share = _even(rest, equal) if equal else quarter
             by_bytes = _rows_within(shard_bytes, file, first, bounds)
-            rows = min(shard_rows, by_bytes, by_tail, file.rows - first)
+            rows = min(shard_rows, by_bytes, by_share, rest)
             span = () if bounds is None else (int(bounds[first]), int(bounds[first + rows]))
             yield Shard(index, file.uri, first, rows, *span)
             index += 1
             first += rows
             left -= rows
+
+
+def _even(rows: int, most: int) -> int:
+    """The first of the fewest parts of at most ``most`` that ``rows`` fall into evenly."""
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 def _rows_within(size: int, file: InputFile, first: int, bounds: Offsets | None) -> int:

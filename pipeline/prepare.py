@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.digests import digest_tokens
 from pipeline.errors import ErrorCode, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
@@ -42,6 +43,7 @@ from pipeline.sampling import (
     resolve,
 )
 from pipeline.seeds import derive_seed
+from pipeline.template import ROW_PREFIX, Renderer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class PrepareSpec:
     """What a batch line's ``body.model`` may be."""
     max_images: int = _MAX_IMAGES
     """Most images of one row, checked before any is fetched."""
+    renderer: Renderer | None = None
+    """Makes requests of rows; None: they are some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,11 @@ class _Rendered:
     def is_raw(self) -> bool:
         """Whether the tokenizer's special tokens are added; a chat template writes its own."""
         return isinstance(self.parsed.chat, RawPrompt)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of a row that brings them; empty: ``text`` is to be tokenized."""
+        return list(self.parsed.chat.token_ids) if isinstance(self.parsed.chat, RawPrompt) else []
 
 
 def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
@@ -182,7 +191,8 @@ def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[
     names = set(everything.column_names)
     present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
     table = pa.table({ours: everything.column(theirs) for ours, theirs in present.items()})
-    return list(zip(block.column("input_row").to_pylist(), _to_rows(table), strict=True))
+    rows: list[dict[str, Any]] = _to_rows(table) if present else [{}] * block.num_rows
+    return list(zip(block.column("input_row").to_pylist(), rows, strict=True))
 
 
 def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -260,8 +270,19 @@ def _request(
     for name, value in row.items():
         if isinstance(value, UnicodeDecodeError):
             raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
+    if spec.renderer is not None:
+        return _rendered_request(row, spec.renderer), parameters.of(None, parse_row_sampling)
     asked = parameters.of(row.get("sampling"), parse_row_sampling)
     return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), asked
+
+
+def _rendered_request(row: Mapping[str, Any], renderer: Renderer) -> Chat:
+    """What the run's template makes of a row."""
+    if renderer.template.requires_id and row.get("custom_id") is None:
+        raise RowError(ErrorCode.TEMPLATE_ERROR, "the key column is null; give each row a key")
+    prefixed = ((name, value) for name, value in row.items() if name.startswith(ROW_PREFIX))
+    request = renderer.request({name.removeprefix(ROW_PREFIX): value for name, value in prefixed})
+    return parse_chat(None, request.messages, request.images)
 
 
 def _duplicate(custom_id: str, earlier: FirstUse) -> RowError:
@@ -289,6 +310,7 @@ def _render(
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
         if isinstance(item.chat, RawPrompt):
             prompts.check_size(item.chat.text)
+            prompts.check_prompt_ids(item.chat.token_ids)
             return _Rendered(item, images, item.chat.text)
         return _Rendered(item, images, prompts.render(item.chat.messages, item.tools))
     except Exception as error:  # noqa: BLE001 - told apart in _row_error
@@ -299,13 +321,15 @@ def _tokenized(
     items: Sequence[_Rendered | Failure], prompts: PromptFormat, spec: PrepareSpec
 ) -> list[Prepared | Failure]:
     """``items`` with their texts tokenized together, apart by whether special tokens are added."""
-    rendered = [item for item in items if isinstance(item, _Rendered)]
+    texts = [item for item in items if isinstance(item, _Rendered) and not item.token_ids]
     ids = {
-        kind: iter(_encode([r.text for r in rendered if r.is_raw is kind], prompts, special=kind))
+        kind: iter(_encode([r.text for r in texts if r.is_raw is kind], prompts, special=kind))
         for kind in (False, True)
     }
     return [
-        item if isinstance(item, Failure) else _prepare(item, next(ids[item.is_raw]), prompts, spec)
+        item
+        if isinstance(item, Failure)
+        else _prepare(item, item.token_ids or next(ids[item.is_raw]), prompts, spec)
         for item in items
     ]
 
@@ -343,6 +367,7 @@ def _prepare(
         prompt_tokens=prompt_tokens,
         sampling=item.sampling,
         seeds=item.seeds,
+        digest=digest_tokens(token_ids, images),
     )
 
 

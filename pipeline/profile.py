@@ -11,16 +11,20 @@ import ast
 import logging
 import os
 from collections.abc import Mapping
+from datetime import date
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.engine_rules import check_block_size, check_experts, expert_ranks
 from pipeline.errors import ConfigError
+from pipeline.installed import installed_tree
+from pipeline.kv_cache import GB, KVLayout, pool_bytes
 from pipeline.validation import describe
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,22 @@ _REQUIRED_ARGUMENTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens"
 _PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OURS = ("model", "revision")
 """Engine arguments that have a place of their own in the profile."""
+_PLACED = (
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "data_parallel_address",
+    "data_parallel_rank",
+    "data_parallel_rpc_port",
+    "data_parallel_size_local",
+    "data_parallel_start_rank",
+    "placement_group",
+)
+"""Engine arguments that follow from where a replica is put (``EngineSpec.on_node``)."""
+_BACKENDS = ("distributed_executor_backend", "data_parallel_backend")
+_VLLM_GPU_SHARE = 0.92
+"""vLLM 0.32's own default of ``gpu_memory_utilization``."""
 _CACHE_SCHEME = "cache://"
 _LOAD_FORMATS = (
     "auto",
@@ -66,6 +86,62 @@ class Needs(_Section):
     accelerator: str | None = None
     """Kind of GPU as Ray names it, e.g. H100; null: any, or none."""
 
+    @property
+    def gpus(self) -> int:
+        """GPUs on all of its nodes."""
+        return self.nodes * self.gpus_per_node
+
+
+class Rates(_Section):
+    """How fast one replica is, and where that is known from; ``jobs.plan`` counts with it."""
+
+    basis: Literal["measured", "estimate"]
+    """Whether somebody saw these rates on that hardware, or worked them out."""
+    prompt_tokens_per_s: Annotated[float, Field(gt=0)]
+    """Prompt tokens a second, image tokens included, while it does nothing else."""
+    completion_tokens_per_s: Annotated[float, Field(gt=0)]
+    """Completion tokens a second with the engine full."""
+    load_s: Annotated[float, Field(ge=0)]
+    """Seconds from a job's start to the first token of its first replica."""
+    hardware: Annotated[str, Field(min_length=1)]
+    """What one replica ran on, or would."""
+    source: Annotated[str, Field(min_length=1)]
+    """Who measured what, or from what it was worked out."""
+    as_of: date
+    """When that was."""
+
+
+class KVCache(_Section):
+    """What the engine's KV cache holds; ``max_num_seqs`` was chosen with it (see ``kv_cache``)."""
+
+    global_layers: Annotated[int, Field(ge=1)]
+    """Layers that keep the whole context."""
+    chunked_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers that keep ``chunk`` tokens at most."""
+    chunk: Annotated[int, Field(ge=0)] = 0
+    """``attention_chunk_size`` of the model."""
+    kv_heads: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=1)]
+    gpu_gb: Annotated[float, Field(ge=0)] = 0
+    """Memory of one GPU, GB; 0: a CPU, whose cache is VLLM_CPU_KVCACHE_SPACE GiB per process."""
+    weights_gb: Annotated[float, Field(ge=0)] = 0
+    """Weights on all GPUs of a replica, copies of data-parallel ranks included, GB."""
+    reserve_gb: Annotated[float, Field(ge=0)] = 0
+    """Activations, CUDA graphs and vision tower on all GPUs of a replica, GB."""
+    sequence_tokens: Annotated[int, Field(ge=1)]
+    """Length at which all of ``max_num_seqs`` must fit; longer rows run fewer at a time."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """How the model keeps keys and values."""
+        return KVLayout(
+            global_layers=self.global_layers,
+            chunked_layers=self.chunked_layers,
+            chunk=self.chunk,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+        )
+
 
 class EngineProfile(_Section):
     """One model on one kind of hardware."""
@@ -73,7 +149,8 @@ class EngineProfile(_Section):
     description: str
     """One line for people."""
     model: Annotated[str, Field(min_length=1)]
-    """A folder (relative: to the repo), ``cache://<name>`` or a hub id."""
+    """A folder (relative: to the repo, else to the project installed on the node),
+    ``cache://<name>`` or a hub id."""
     revision: str | None = None
     """Hub revision; null for folders."""
     engine_args: dict[str, Any]
@@ -84,6 +161,12 @@ class EngineProfile(_Section):
     """What one replica takes from the cluster."""
     verified: str
     """On what hardware and versions this profile was run, or that it was not."""
+    rates: Rates | None = None
+    """How fast one replica is; null: unknown, and a plan tells no time."""
+    kv_cache: KVCache | None = None
+    """What the KV cache holds; null: unknown, and nothing is checked against it."""
+    experts: Annotated[int, Field(ge=1)] | None = None
+    """Routed experts of each MoE layer; null: unknown or none, and their spread is not checked."""
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -103,14 +186,66 @@ class EngineProfile(_Section):
     @property
     def expert_parallel_size(self) -> int:
         """Ranks the experts are spread over: TP x DP with expert parallelism, else 1."""
-        if not self.engine_args.get("enable_expert_parallel", False):
-            return 1
-        return self.tensor_parallel_size * self.data_parallel_size
+        return expert_ranks(self.engine_args)
 
     @property
     def ranks(self) -> int:
         """Worker processes of the engine: TP x PP x DP."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    def sequences(self, tokens: int) -> int | None:
+        """Sequences of ``tokens`` that one data-parallel rank's KV cache holds; None: unknown."""
+        if self.kv_cache is None:
+            return None
+        return self.kv_cache.layout.sequences(
+            self._kv_pool(self.kv_cache), tokens, self._kv_element_bytes
+        )
+
+    @property
+    def _kv_element_bytes(self) -> float:
+        fp8 = str(self.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8")
+        return 1 if fp8 else 2
+
+    @property
+    def gpu_share(self) -> float:
+        """Share of each GPU's memory (0-1) that the engine takes."""
+        share = self.engine_args.get("gpu_memory_utilization", _VLLM_GPU_SHARE)
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(
+                f"engine_args.gpu_memory_utilization = {share!r}: must be above 0 and at most 1"
+            )
+        return float(share)
+
+    def _kv_pool(self, cache: KVCache) -> float:
+        """Bytes that one data-parallel rank has for its KV cache."""
+        if not cache.gpu_gb:
+            space = float(self.env.get("VLLM_CPU_KVCACHE_SPACE", "0"))
+            return space * 2**30 * self.tensor_parallel_size * self.pipeline_parallel_size
+        pool = pool_bytes(
+            gpus=self.needs.gpus,
+            gpu_gb=cache.gpu_gb,
+            utilization=self.gpu_share,
+            weights_gb=cache.weights_gb,
+            reserve_gb=cache.reserve_gb,
+        )
+        return pool / self.data_parallel_size
+
+    def _check_longest_fits(self) -> None:
+        """vLLM would refuse it, too, once the weights are loaded."""
+        if self.kv_cache is None:
+            return
+        tokens = self.engine_args["max_model_len"]
+        pool = self._kv_pool(self.kv_cache)
+        steps = 2 if self.engine_args.get("async_scheduling", True) else 1
+        longest = self.kv_cache.layout.bytes_per_sequence(
+            tokens, self._kv_element_bytes, steps * self.engine_args["max_num_batched_tokens"]
+        )
+        if longest > pool:
+            raise ValueError(
+                f"engine_args.max_model_len = {tokens}: one such sequence takes "
+                f"{longest / GB:.1f} GB of KV cache, and {pool / GB:.1f} GB are left; lower it, or "
+                "take more GPUs"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> EngineProfile:
@@ -123,12 +258,16 @@ class EngineProfile(_Section):
             value = self.engine_args.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"engine_args.{name} = {value!r}: must be a whole number from 1")
-        gpus = self.needs.nodes * self.needs.gpus_per_node
+        gpus = self.needs.gpus
         if gpus and gpus != self.ranks:
             raise ValueError(
                 f"needs {self.needs.nodes} x {self.needs.gpus_per_node} GPUs, but the engine has "
                 f"{self.ranks} ranks (TP x PP x DP)"
             )
+        self._check_longest_fits()
+        if self.kv_cache is not None and self.kv_cache.chunked_layers:
+            check_block_size(self.engine_args, self.kv_cache.chunk)
+        check_experts(self.engine_args, self.experts, self.expert_parallel_size)
         return self
 
 
@@ -166,11 +305,13 @@ def locate_model(model: str) -> str:
     """
     if model.startswith(_CACHE_SCHEME):
         return str(_without_pickles(_cached_model(model.removeprefix(_CACHE_SCHEME))))
-    inside = REPO_ROOT / model
-    if inside.is_dir():
-        return str(_without_pickles(inside))
+    trees = [tree for tree in (REPO_ROOT, installed_tree()) if tree]  # the second: see .rayignore
+    for tree in trees:
+        if (tree / model).is_dir():
+            return str(_without_pickles(tree / model))
     if not Path(model).is_absolute() and model.count("/") != 1:  # hub ids are owner/name
-        raise ConfigError(f"model {model}: there is no such folder in {REPO_ROOT}.")
+        searched = " or ".join(dict.fromkeys(map(str, trees)))
+        raise ConfigError(f"model {model}: there is no such folder in {searched}.")
     return model
 
 
@@ -223,6 +364,18 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in _OURS:
         if name in arguments:
             raise ValueError(f"engine_args.{name}: set the profile's own key '{name}' instead")
+    for name in _PLACED:
+        if name in arguments:
+            raise ValueError(
+                f"engine_args.{name}: is set when a replica is put on its nodes; leave it out, and "
+                "say with needs.nodes how many one replica spans"
+            )
+    for name in _BACKENDS:
+        if arguments.get(name) == "ray":
+            raise ValueError(
+                f"engine_args.{name} = 'ray': vLLM would look for GPUs beside those reserved for "
+                "the replica; use 'mp', over several nodes as well"
+            )
     known = vllm_argument_names()
     if known is None:
         log.warning("vLLM is not installed here: the names of engine arguments are not checked")

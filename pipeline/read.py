@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -23,6 +24,7 @@ from pipeline.fetch import input_root
 from pipeline.jsonl import is_jsonl, read_rows, row_offsets
 from pipeline.openai_input import URL_COLUMN, read_line
 from pipeline.plan import InputFile, Offsets, Shard
+from pipeline.template import ROW_PREFIX
 
 REQUEST_COLUMNS = ("custom_id", "prompt", "messages", "images", "sampling")
 """Our names of the columns a request is made of (contract)."""
@@ -99,6 +101,8 @@ class Input:
     """The folders of the URIs that were given; relative image URIs start at the first."""
     offsets: Mapping[str, Offsets]
     """Where the rows start of each JSONL file that was scanned."""
+    names: frozenset[str] = frozenset()
+    """Columns that some Parquet file, or its path, has."""
 
     @property
     def is_jsonl(self) -> bool:
@@ -128,6 +132,7 @@ def open_input(
     renamed: Mapping[str, str],
     carry: Sequence[str] | None,
     planned: Sequence[InputFile] = (),
+    template: Sequence[str] | None = None,
 ) -> Input:
     """List the input, look into all files, and settle the columns.
 
@@ -137,10 +142,13 @@ def open_input(
         carry: columns to copy to the output; None = all that are not part of the request.
         planned: files as a saved plan has them. A JSONL file that is still the same, by size and
             version, is not scanned again.
+        template: columns that requests are made of, each in one of the files at least; None = the
+            rows are requests.
 
     Raises:
         InputError: nothing there, neither Parquet nor JSONL, or both; unreadable, no prompt or
-            messages column, or files that disagree about a carried column; names the file.
+            messages column (or a template's), or files that disagree about a carried column; names
+            the file.
     """
     given = [uris] if isinstance(uris, str) else list(uris)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -151,7 +159,7 @@ def open_input(
     roots = {uri: input_root(uri, listed[uri][0].uri) for uri in given}
     folders = tuple(dict.fromkeys(roots.values()))
     if is_jsonl(entries[0].uri):
-        columns = _jsonl_columns(entries[0].uri, renamed, carry)
+        columns = _jsonl_columns(entries[0].uri, renamed, carry, template)
         files, offsets = _look_at_lines(entries, planned)
         return Input(files, columns, folders, offsets)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -163,7 +171,9 @@ def open_input(
         file.uri: _with_partition(schema, partitions[file.uri], renamed) for file, schema in footers
     }
     files = tuple(file for file, _ in footers)
-    return Input(files, _settle_columns(schemas, renamed, carry), folders, {})
+    columns = _settle_columns(schemas, renamed, carry, template)
+    names = frozenset(name for schema in schemas.values() for name in schema.names)
+    return Input(files, columns, folders, {}, names)
 
 
 def _list(uri: str) -> list[storage.FileEntry]:
@@ -195,9 +205,13 @@ def _check_one_form(entries: Sequence[storage.FileEntry]) -> None:
 
 
 def _jsonl_columns(
-    uri: str, renamed: Mapping[str, str], carry: Sequence[str] | None
+    uri: str,
+    renamed: Mapping[str, str],
+    carry: Sequence[str] | None,
+    template: Sequence[str] | None,
 ) -> InputColumns:
-    for key, value in (("input.columns", renamed), ("output.carry", carry)):
+    given = (("input.columns", renamed), ("output.carry", carry), ("input.template", template))
+    for key, value in given:
         if value:
             raise InputError(f"{key}: is for Parquet; {uri} is JSONL, which has no columns.")
     return InputColumns({LINE_COLUMN: LINE_COLUMN}, pa.schema([(URL_COLUMN, pa.string())]))
@@ -352,9 +366,11 @@ def _stream(uri: str, columns: InputColumns) -> _Stream:
 
 
 def _with_path_values(table: pa.Table, uri: str, columns: InputColumns) -> pa.Table:
-    """The carried columns that only the path has are added."""
+    """The carried columns that only the path has are added, and a template's."""
     present = set(table.column_names)
-    keys = [name for name in columns.carried.names if name not in present]
+    read = [theirs for ours, theirs in columns.request.items() if ours.startswith(ROW_PREFIX)]
+    wanted = [*columns.carried.names, *(name for name in read if f"/{name}=" in uri)]
+    keys = [name for name in dict.fromkeys(wanted) if name not in present]
     for name, value in _path_values(uri, keys).items():
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table
@@ -399,16 +415,21 @@ def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
 
 
 def _settle_columns(
-    schemas: Mapping[str, pa.Schema], renamed: Mapping[str, str], carry: Sequence[str] | None
+    schemas: Mapping[str, pa.Schema],
+    renamed: Mapping[str, str],
+    carry: Sequence[str] | None,
+    template: Sequence[str] | None,
 ) -> InputColumns:
-    unknown = sorted(set(renamed) - set(REQUEST_COLUMNS))
+    known = REQUEST_COLUMNS if template is None else ("custom_id",)
+    unknown = sorted(set(renamed) - set(known))
     if unknown:
-        raise InputError(
-            f"input.columns.{unknown[0]}: must be one of {', '.join(REQUEST_COLUMNS)}."
-        )
-    request = {ours: renamed.get(ours, ours) for ours in REQUEST_COLUMNS}
+        raise InputError(f"input.columns.{unknown[0]}: must be one of {', '.join(known)}.")
+    request = {ours: renamed.get(ours, ours) for ours in known}
     for uri, schema in schemas.items():
         _check_request_columns(uri, schema, request, renamed)
+    if template is not None:
+        _check_template_columns(schemas, template)
+        request |= {f"{ROW_PREFIX}{name}": name for name in template}
     first_uri, first = next(iter(schemas.items()))
     names = _carried(first, request) if carry is None else list(dict.fromkeys(carry))
     for uri, schema in schemas.items():
@@ -451,7 +472,7 @@ def _carried_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:
-    consumed = {request[ours] for ours in _NOT_CARRIED}
+    consumed = {request[ours] for ours in _NOT_CARRIED if ours in request}
     return [column for column in schema.names if column not in consumed]
 
 
@@ -464,7 +485,8 @@ def _check_request_columns(
                 f"{uri}: has no column {request[ours]!r} (input.columns.{ours}); "
                 f"its columns are {', '.join(schema.names)}."
             )
-    if request["prompt"] not in schema.names and request["messages"] not in schema.names:
+    asks = [request[ours] for ours in ("prompt", "messages") if ours in request]
+    if asks and not any(name in schema.names for name in asks):
         raise InputError(
             f"{uri}: has neither a column 'prompt' nor 'messages'; its columns are "
             f"{', '.join(schema.names)}. Map them with input.columns."
@@ -474,6 +496,18 @@ def _check_request_columns(
             raise InputError(
                 f"{uri}: column {theirs!r} is {schema.field(theirs).type}; {ours} must be "
                 f"{_REQUEST_TYPES[ours][1]}."
+            )
+
+
+def _check_template_columns(schemas: Mapping[str, pa.Schema], template: Sequence[str]) -> None:
+    names = sorted({name for schema in schemas.values() for name in schema.names})
+    for column in template:
+        if column not in names:
+            close = get_close_matches(column, names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(
+                f"the template reads a column {column!r} that no input file has; {hint}"
+                f"There are {', '.join(names)}."
             )
 
 
@@ -505,7 +539,8 @@ class _Rows:
     def __init__(self, file: pq.ParquetFile, columns: InputColumns) -> None:
         self._file = file
         present = set(file.schema_arrow.names)
-        self._columns = sorted({*columns.request.values(), *columns.carried.names} & present)
+        wanted = {*columns.request.values(), *columns.carried.names} & present
+        self._columns = sorted(wanted) or file.schema_arrow.names[:1]  # its rows are to be counted
         self._schema = pa.schema([file.schema_arrow.field(column) for column in self._columns])
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
@@ -53,6 +55,8 @@ class Prepared:
     sampling: Sampling
     seeds: tuple[int, ...]
     """One per sample."""
+    digest: str | None = None
+    """Of ``token_ids`` and ``images`` (see ``digests``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,8 @@ class Failure:
     """``errored`` or ``expired``."""
     sampling: str | None = None
     """The resolved request parameters, as JSON; None if it did not get that far."""
+    finished_at: float | None = None
+    """Seconds since 1970, to the millisecond; None: not known, or expired."""
 
     @property
     def key(self) -> SampleKey:
@@ -102,6 +108,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """How likely a token of the prompt is after those before it."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    rank: int
+    """Its place among all tokens by probability: 1 is what a greedy model would have said."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """One call of a tool that the model asks for."""
 
@@ -129,12 +146,20 @@ class Completion:
     attempts: int = 1
     logprobs: tuple[TokenLogprob, ...] | None = None
     """One per token; None: not asked for."""
+    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
+    """One per token of the prompt, None for the first, which follows none; None: not asked for."""
     tool_calls: tuple[ToolCall, ...] = ()
     sampling: str | None = None
     """The resolved request parameters, as JSON."""
     code: ErrorCode | None = None
     """What is wrong with the text, which is kept."""
     message: str | None = None
+    finished_at: float | None = None
+    """Seconds since 1970, to the millisecond; None: not known."""
+    prompt_digest: str | None = None
+    """Of the prompt's tokens and images (see ``digests``)."""
+    completion_digest: str | None = None
+    """Of the completion's tokens; None: the engine does not tell them."""
 
     @property
     def status(self) -> Status:
@@ -154,6 +179,9 @@ _TOP_LOGPROB_TYPE = pa.struct(
 )
 _LOGPROBS_TYPE = pa.list_(
     pa.struct([*_TOP_LOGPROB_TYPE, pa.field("top_logprobs", pa.list_(_TOP_LOGPROB_TYPE))])
+)
+_PROMPT_LOGPROBS_TYPE = pa.list_(
+    pa.struct([("token_id", pa.int32()), ("logprob", pa.float64()), ("rank", pa.int32())])
 )
 _TOOL_CALLS_TYPE = pa.list_(
     pa.struct([("id", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
@@ -182,6 +210,10 @@ OUTPUT_SCHEMA = pa.schema(
         ("logprobs", _LOGPROBS_TYPE),
         ("tool_calls", _TOOL_CALLS_TYPE),
         ("sampling", pa.string()),
+        ("finished_at", pa.timestamp("ms", tz="UTC")),
+        ("prompt_digest", pa.string()),
+        ("completion_digest", pa.string()),
+        ("prompt_logprobs", _PROMPT_LOGPROBS_TYPE),
     ]
 )
 
@@ -199,6 +231,7 @@ _PREPARED_FIELDS = [
     ("prompt_tokens", pa.int64()),
     ("sampling", pa.string()),
     ("seeds", pa.list_(pa.int64())),
+    ("digest", pa.string()),
     ("error_code", pa.string()),
     ("error_message", pa.string()),
 ]
@@ -260,8 +293,9 @@ def prepared_block(
             item.sampling.as_json if isinstance(item, Prepared) else item.sampling for item in items
         ],
         "seeds": [item.seeds if isinstance(item, Prepared) else (item.seed,) for item in items],
+        "digest": [item and item.digest for item in ready],
         "error_code": [item and str(item.code) for item in failed],
-        "error_message": [item and _told(item.message) for item in failed],
+        "error_message": [item and told(item.message) for item in failed],
     }
     columns = {name: pa.array(values[name], type_) for name, type_ in _PREPARED_FIELDS}
     return pa.table({**columns, "carried": _to_struct(carried, len(items))})
@@ -276,6 +310,11 @@ def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
         _prepared(row, sampling[row["sampling"]]) if row["error_code"] is None else _failure(row)
         for row in rows
     ]
+
+
+def count_images(block: pa.Table) -> int:
+    """Images of a prepared block's rows; rows that failed have none."""
+    return int(pc.sum(pc.list_value_length(block.column("images"))).as_py() or 0)
 
 
 def carried_columns(block: pa.Table) -> pa.Table:
@@ -320,7 +359,9 @@ def record_table(shard: Shard, outcomes: Iterable[Outcome], *, model: str) -> pa
 
 def read_records(table: pa.Table) -> list[Outcome]:
     """The inverse of ``record_table``; columns beyond ``OUTPUT_SCHEMA`` are left out."""
-    return [_outcome(record) for record in table.select(OUTPUT_SCHEMA.names).to_pylist()]
+    present = set(table.column_names)
+    names = [name for name in OUTPUT_SCHEMA.names if name in present or name not in _ADDED_LATER]
+    return [_outcome(record) for record in table.select(names).to_pylist()]
 
 
 def _prepared(row: dict[str, object], sampling: Sampling) -> Prepared:
@@ -333,6 +374,7 @@ def _prepared(row: dict[str, object], sampling: Sampling) -> Prepared:
         prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
         sampling=sampling,
         seeds=tuple(row["seeds"]),  # type: ignore[arg-type]
+        digest=row["digest"],  # type: ignore[arg-type]
     )
 
 
@@ -362,6 +404,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "input_file": input_file,
         "input_row": outcome.input_row,
         "sampling": outcome.sampling,
+        "finished_at": outcome.finished_at and round(1000 * outcome.finished_at),
     }
     if isinstance(outcome, Failure):
         return {
@@ -370,7 +413,7 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
             "total_tokens": outcome.prompt_tokens,
             "cached_tokens": 0,
             "error_code": outcome.code,
-            "error_message": _told(outcome.message),
+            "error_message": told(outcome.message),
         }
     return {
         **common,
@@ -381,12 +424,18 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "cached_tokens": outcome.cached_tokens,
         "latency_s": outcome.latency_s,
         "logprobs": outcome.logprobs and [asdict(token) for token in outcome.logprobs],
+        "prompt_logprobs": outcome.prompt_logprobs
+        and [token and asdict(token) for token in outcome.prompt_logprobs],
         "tool_calls": [asdict(call) for call in outcome.tool_calls] or None,
         "error_code": outcome.code,
-        "error_message": outcome.message and _told(outcome.message),
+        "error_message": outcome.message and told(outcome.message),
+        "prompt_digest": outcome.prompt_digest,
+        "completion_digest": outcome.completion_digest,
     }
 
 
+_ADDED_LATER = frozenset({"finished_at", "prompt_digest", "completion_digest", "prompt_logprobs"})
+"""Columns that records of runs that began earlier may lack."""
 _SHARED_FIELDS = (
     *("input_row", "custom_id", "sample_index", "seed", "attempts", "prompt_tokens"),
     *("image_tokens", "sampling"),
@@ -396,6 +445,8 @@ _COMPLETION_FIELDS = ("text", "finish_reason", "completion_tokens", "cached_toke
 
 def _outcome(record: Mapping[str, Any]) -> Outcome:
     shared = {name: record[name] for name in _SHARED_FIELDS}
+    finished: datetime | None = record.get("finished_at")
+    shared["finished_at"] = finished and finished.timestamp()
     code = record["error_code"] and ErrorCode(record["error_code"])
     message = record["error_message"]
     if record["finish_reason"] is None:
@@ -403,7 +454,10 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
     return Completion(
         **shared,
         **{name: record[name] for name in _COMPLETION_FIELDS},
+        prompt_digest=record.get("prompt_digest"),
+        completion_digest=record.get("completion_digest"),
         logprobs=_logprobs(record["logprobs"]),
+        prompt_logprobs=_prompt_logprobs(record.get("prompt_logprobs")),
         tool_calls=tuple(ToolCall(**call) for call in record["tool_calls"] or ()),
         code=code,
         message=message,
@@ -424,10 +478,19 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob,
     )
 
 
-def _told(message: str) -> str:
-    """Messages quote what users wrote, at any length, lone surrogates and secrets included."""
-    shown = message[: 2 * _MAX_MESSAGE].encode("utf-8", "backslashreplace").decode("utf-8")
-    return redacted_text(shown)[:_MAX_MESSAGE]  # in this order: a cut secret looks like none
+def told(message: str, limit: int = _MAX_MESSAGE) -> str:
+    """Text that quotes what users wrote, lone surrogates and secrets included, as it may be shown:
+    at most ``limit`` characters."""
+    shown = message[: 2 * limit].encode("utf-8", "backslashreplace").decode("utf-8")
+    return redacted_text(shown)[:limit]  # in this order: a cut secret looks like none
+
+
+def _prompt_logprobs(
+    tokens: Sequence[Mapping[str, Any] | None] | None,
+) -> tuple[PromptLogprob | None, ...] | None:
+    if tokens is None:
+        return None
+    return tuple(None if token is None else PromptLogprob(**token) for token in tokens)
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

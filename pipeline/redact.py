@@ -7,13 +7,19 @@ reader a moment; a signed URL in a record is open to whoever reads the output.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
+from pipeline.logs import current_fields
+
+LOG_FORMAT = "LOG_FORMAT"
+"""The variable that says how logs look: text (the default) or json."""
 MASK = "***"
 _SECRET_NAME = re.compile(
     r"token$|secret|password|passwd|credential|authorization|(?:api|access|private)_?key", re.I
@@ -75,13 +81,33 @@ class RedactingFormatter(logging.Formatter):
         return redacted_text(super().format(record))
 
 
+class JsonFormatter(logging.Formatter):
+    """A log formatter whose lines are JSON objects, redacted: time (UTC), level, logger, message,
+    what the line is about (see ``logs``), and of an exception its traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The finished line."""
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **current_fields(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(redacted(line))
+
+
 def configure_logging(level: int, form: str, *, times: str | None = None) -> None:
     """Log to stderr, redacted, unless this process logs somewhere already.
 
-    ``form`` and ``times`` are as ``logging.Formatter`` wants them.
+    ``form`` and ``times`` are as ``logging.Formatter`` wants them; with ``LOG_FORMAT=json`` in the
+    environment, lines are JSON objects instead.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter(form, times))
+    as_json = os.environ.get(LOG_FORMAT, "text") == "json"
+    handler.setFormatter(JsonFormatter() if as_json else RedactingFormatter(form, times))
     logging.basicConfig(level=level, handlers=[handler])
 
 

@@ -18,14 +18,17 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pipeline.admission import AdmissionWindow, EngineLoad
 from pipeline.backlog import Backlog, Waiting, expected_steps, prefix_key
 from pipeline.cpu import Meter, Step, thread_laps
 from pipeline.engine import Engine, EngineOutput, EngineRequest
+from pipeline.engine_tokens import EngineTokens
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
+from pipeline.experts import ExpertTokens
+from pipeline.plan import OPEN_SHARDS
 from pipeline.quarantine import Quarantine
 from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey, ToolCall
 from pipeline.structured import Structure, is_closed, violation
@@ -33,10 +36,6 @@ from pipeline.tool_calls import read_calls
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 16
-"""Shards a replica works on at a time: while the last rows of some end, others fill the window.
-With fewer, a few long rows in each leave the engine empty; with more, the end of a run is bound to
-replicas too early (docs/simulation.md)."""
 _SHUTDOWN_S = 30.0  # vLLM's processes end within seconds; longer means they hang
 _START_TRIES = 2
 _START_PAUSE_S = 2.0
@@ -66,6 +65,18 @@ class ReplicaLimits:
     """Longest time a finished outcome waits in a batch."""
     flush_rows: int = 256
     """Outcomes that make a batch before its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """Where a replica's requests are."""
+
+    limit: int
+    """How many it may have inside."""
+    inside: int
+    """In its engine, or on their way."""
+    waiting: int
+    """Of open shards, not let in yet."""
 
 
 class Replica:
@@ -108,6 +119,10 @@ class Replica:
         self.cpu = Meter()
         """What this process spends, by step."""
         self._loop_cpu = thread_laps(self._thread)
+        self.engine_tokens = EngineTokens()
+        """What its engines say they have processed."""
+        self.expert_tokens = ExpertTokens()
+        """Which experts those were sent to, if its engines tell."""
         self.engine_restarts = 0
         """Times the engine was started again."""
         try:
@@ -120,6 +135,11 @@ class Replica:
     def draining(self) -> bool:
         """Whether no more requests are admitted."""
         return self._drain_until is not None
+
+    @property
+    def requests(self) -> Requests:
+        """Where its requests are just now; any thread may ask."""
+        return Requests(self._window.limit, self._inside, len(self._backlog))
 
     def generate(
         self,
@@ -138,7 +158,14 @@ class Replica:
             EngineError: the engine died and cannot be brought back.
         """
         work = _Work(self._limits.flush_rows)
-        work.add([i for i in items if isinstance(i, Failure) and i.key not in known])
+        now = _now()
+        work.add(
+            [
+                replace(item, finished_at=now)
+                for item in items
+                if isinstance(item, Failure) and item.key not in known
+            ]
+        )
         waiting = [
             Waiting((work, (shard, item.input_row, index), item), prefix, _expected(item))
             for item in items
@@ -166,10 +193,14 @@ class Replica:
         return self.cpu.take({Step.ENGINE: self._loop_cpu})
 
     def drain(self, grace_s: float) -> None:
-        """Admit no more requests; those inside may finish for ``grace_s`` seconds. Not undone."""
-        if self.draining:
+        """Admit no more requests; those inside may finish for ``grace_s`` seconds.
+
+        Not undone; a later call counts if its time is up sooner.
+        """
+        until = time.monotonic() + grace_s
+        if self._drain_until is not None and until > self._drain_until - _DRAIN_SLACK_S:
             return
-        self._drain_until = time.monotonic() + grace_s
+        self._drain_until = until
         self._loop.call_soon_threadsafe(self._spawn, self._drained(grace_s))
 
     def shutdown(self) -> None:
@@ -240,6 +271,7 @@ class Replica:
 
         def on_step(load: EngineLoad) -> None:
             life.steps += 1
+            self.engine_tokens.add(load)
             self._window.observe(load, self._inside)
             self._pump()
 
@@ -308,6 +340,7 @@ class Replica:
                 else:
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
                     latency_s = time.monotonic() - started
+                    self.expert_tokens.add(output.experts)
                     fault = await _fault(item.sampling.structure, output)
                     calls = () if fault else await _tool_calls(key, item, output)
                     return _completion(key, item, output, latency_s, attempts, fault, calls)
@@ -588,10 +621,14 @@ def _completion(
         latency_s=latency_s,
         attempts=attempts,
         logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
         tool_calls=calls,
         sampling=item.sampling.as_json,
         code=fault.code if fault else None,
         message=fault.message if fault else None,
+        finished_at=_now(),
+        prompt_digest=item.digest,
+        completion_digest=output.completion_digest,
     )
 
 
@@ -608,7 +645,13 @@ def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failur
         prompt_tokens=item.prompt_tokens,
         image_tokens=item.image_tokens,
         sampling=item.sampling.as_json,
+        finished_at=_now(),
     )
+
+
+def _now() -> float:
+    """By the wall clock, as records keep it."""
+    return round(time.time(), 3)
 
 
 def _fatal(attempts: int, life: _Life) -> RowError:

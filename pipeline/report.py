@@ -1,29 +1,27 @@
-"""report: parts' stats -> totals, ``report.json`` and ``report.html``.
+"""report: how a run ended, as ``report.json`` and ``report.html``.
 
 In: the stats of every committed part. Out: a ``Result`` (the job's last stdout line is its JSON),
-and the two report objects. Totals are sums over parts, so a resumed run reports the whole run.
+and the two report objects. What stands in them is ``report_document``'s matter, how it looks
+``report_page``'s.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pipeline import storage
-from pipeline.commit import PartStats
-from pipeline.cpu import added
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.records import Status
-from pipeline.redact import redacted
+from pipeline.report_document import report_document
+from pipeline.report_page import render_page
+from pipeline.totals import Totals, total
 
-_TOKEN_KINDS = ("prompt", "completion", "cached", "image")
+__all__ = ["Result", "RunStatus", "Totals", "judge", "total", "write_report"]
 
 
 class RunStatus(StrEnum):
@@ -35,36 +33,18 @@ class RunStatus(StrEnum):
     FAILED = "failed"
     INVALID = "invalid"
     DRY_RUN = "dry_run"
+    PLAN = "plan"
 
 
 _EXIT_CODES = {
     RunStatus.COMPLETE: ExitCode.DONE,
     RunStatus.DRY_RUN: ExitCode.DONE,
+    RunStatus.PLAN: ExitCode.DONE,
     RunStatus.FAILED: ExitCode.FAILED,
     RunStatus.INVALID: ExitCode.USAGE,
     RunStatus.OVER_ERROR_RATE: ExitCode.OVER_ERROR_RATE,
     RunStatus.INTERRUPTED: ExitCode.INTERRUPTED,
 }
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over parts."""
-
-    rows: Mapping[str, int]
-    records: int
-    tokens: Mapping[str, int]
-    errors: Mapping[str, int]
-    finish_reasons: Mapping[str, int]
-    lengths: Mapping[str, int]
-    parts: int
-    cpu_s: Mapping[str, float] = field(default_factory=dict)
-    """CPU seconds by step."""
-
-    @property
-    def ended(self) -> int:
-        """Rows that have a terminal record."""
-        return sum(self.rows.values())
 
 
 @dataclass(frozen=True)
@@ -107,27 +87,6 @@ class Result:
         return {**document, **self.details}
 
 
-def total(parts: Iterable[PartStats]) -> Totals:
-    """The sums of ``parts``."""
-    rows = Counter({str(status): 0 for status in Status})
-    tokens = Counter(dict.fromkeys(_TOKEN_KINDS, 0))
-    errors: Counter[str] = Counter()
-    finish_reasons: Counter[str] = Counter()
-    lengths: Counter[str] = Counter()
-    cpu_s: dict[str, float] = {}
-    records = count = 0
-    for part in parts:
-        count += 1
-        rows.update(part.rows)
-        tokens.update(part.tokens)
-        errors.update(part.errors)
-        finish_reasons.update(part.finish_reasons)
-        lengths.update(part.lengths)
-        cpu_s = added(cpu_s, part.cpu_s)
-        records += part.records
-    return Totals(dict(rows), records, dict(tokens), errors, finish_reasons, lengths, count, cpu_s)
-
-
 def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
     """How a run with all its parts committed ended.
 
@@ -141,39 +100,15 @@ def judge(rows_in: int, totals: Totals, max_error_rate: float) -> RunStatus:
     return RunStatus.OVER_ERROR_RATE if over else RunStatus.COMPLETE
 
 
-def write_report(result: Result, manifest: Mapping[str, Any]) -> None:
-    """Put ``report.json`` and ``report.html`` into the run folder."""
+def write_report(
+    result: Result, manifest: Mapping[str, Any], money: Mapping[str, Any] | None = None
+) -> None:
+    """Put ``report.json`` and ``report.html`` into the run folder; ``money`` as ``prices.money``
+    gives it."""
     assert result.run is not None
-    document: dict[str, Any] = {
-        **redacted(result.to_json()),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "records": result.totals.records,
-        "errors": dict(result.totals.errors),
-        "finish_reasons": dict(result.totals.finish_reasons),
-        "completion_lengths": _length_buckets(result.totals.lengths),
-        "parts": result.totals.parts,
-        "cpu_s": {step: round(spent, 3) for step, spent in sorted(result.totals.cpu_s.items())},
-    }
+    document = report_document(result.to_json(), result.totals, manifest, datetime.now(UTC))
+    if money is not None:
+        document["money"] = dict(money)
     data = (json.dumps(document, indent=2) + "\n").encode()
     storage.put_bytes(storage.join(result.run, "report.json"), data)
-    page = _render(document, redacted(manifest))
-    storage.put_bytes(storage.join(result.run, "report.html"), page.encode())
-
-
-def _length_buckets(lengths: Mapping[str, int]) -> list[dict[str, int]]:
-    """Completions by length: each bucket holds those of ``from`` to ``to`` tokens."""
-    return [
-        {
-            "from": 2 ** (bits - 1) if bits else 0,
-            "to": 2**bits - 1,
-            "completions": lengths[str(bits)],
-        }
-        for bits in sorted(int(key) for key in lengths)
-    ]
-
-
-def _render(document: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("pipeline", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("report.html.jinja").render(report=document, run=manifest)
+    storage.put_bytes(storage.join(result.run, "report.html"), render_page(document).encode())

@@ -1,8 +1,8 @@
 """What the driver and its replicas know of each other while a run goes on.
 
 In: a ``Pulse`` per replica and second; the driver's looks and orders. Out: an ``Order`` to each
-replica, a ``Snapshot`` to the driver. Lives in one small actor beside the driver (see ``flow``);
-losing it loses no row. Pure but for the clock it is given.
+replica, a ``Snapshot`` to the driver. Lives in one small actor beside the driver (see
+``roster_actor``); losing it loses no row. Pure but for the clock it is given.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from pipeline.progress import Tally
 
 DRIVER_SILENCE_S = 15.0
 """A driver that has not looked for so long is hung or cut off, and may be replaced after 20 s (the
 lease's): its replicas write down what they have and stop."""
+FIRST_ANSWER_S = 120.0
+"""To the roster's first answer: a machine that starts many processes at once may be slow to bring
+its process up."""
 _HEARD_S = 5.0
 """A replica beats every second; one without a beat for longer is gone, or as good as that."""
 
@@ -45,8 +47,6 @@ class Pulse:
     """Of this process."""
     error: str | None = None
     """Why the process is about to end."""
-    handle: Any = None
-    """How the driver reaches it; said once is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,6 @@ class Silent:
 
     replica: str
     seconds: float
-    handle: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +79,8 @@ class Snapshot:
     last_error: str | None = None
     silent: tuple[Silent, ...] = ()
     """Running replicas by the seconds since their last pulse, the longest first."""
+    lacking: str | None = None
+    """What replicas without a place in the cluster wait for; the driver adds it."""
 
 
 class Roster:
@@ -89,7 +90,6 @@ class Roster:
         self._clock = clock
         self._pulses: dict[str, Pulse] = {}
         self._heard: dict[str, float] = {}
-        self._handles: dict[str, Any] = {}
         self._shards: dict[int, Tally] = {}
         self._total = Tally()
         self._processes: set[str] = set()
@@ -108,10 +108,10 @@ class Roster:
             self._starts_without_progress += 1
         self._pulses[pulse.replica] = pulse
         self._heard[pulse.replica] = now
-        if pulse.handle is not None:
-            self._handles[pulse.replica] = pulse.handle
         for shard, tally in pulse.shards.items():
-            self._total += tally - self._shards.get(shard, Tally())
+            before = self._shards.get(shard, Tally())
+            if tally != before:
+                self._total += tally - before
             self._shards[shard] = tally
         self._engine_restarts[pulse.process] = pulse.engine_restarts
         self._last_error = pulse.error or self._last_error
@@ -122,9 +122,7 @@ class Roster:
         """The driver's look, which also tells that it is there."""
         now = self._looked = self._clock()
         running = [p.replica for p in self._pulses.values() if p.phase is Phase.RUNNING]
-        silent = [
-            Silent(name, now - self._heard[name], self._handles.get(name)) for name in running
-        ]
+        silent = [Silent(name, now - self._heard[name]) for name in running]
         return Snapshot(
             tally=self._total,
             running=sum(item.seconds < _HEARD_S for item in silent),

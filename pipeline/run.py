@@ -7,6 +7,7 @@
     output.jsonl          what the parts hold, as OpenAI's batch output; if the input is JSONL
     errors.jsonl          rows that failed, likewise          (openai_output)
     _journal/             finished rows of open shards        (journal)
+    _progress.json        how far it is, by its driver        (live)
     report.*              what came of it                     (report)
     _SUCCESS              last, only when rows in = rows out
 
@@ -33,7 +34,7 @@ from pipeline import __version__, storage
 from pipeline.commit import committed_shards, part_number
 from pipeline.config import JobConfig
 from pipeline.duplicates import Duplicates, find_duplicates
-from pipeline.engine import engine_version
+from pipeline.engine_spec import engine_version
 from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.model import ModelSpec, model_name, model_revision
 from pipeline.openai_output import OPENAI_FILES
@@ -184,11 +185,55 @@ def open_run(
         found.files,
         shard_rows=limits.shard_rows,
         shard_bytes=limits.shard_bytes,
-        replicas=config.engine.replicas,
+        replicas=config.engine.most_replicas,
         offsets=found.row_offsets(),
     )
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
+
+
+def read_manifest(uri: str) -> Mapping[str, Any] | None:
+    """The manifest of the run in the folder ``uri``; None if there is none.
+
+    Raises:
+        RunMismatchError: it is damaged, another program's, or of an annotated dataset.
+        StorageError: it cannot be read.
+    """
+    manifest = _load(uri, new_run=False)
+    if manifest is not None and manifest.get("job") == "annotate":
+        raise RunMismatchError(  # it has no plan, which is no damage
+            f"{uri} is an annotated dataset, not a run; the runs that made it are in {uri}/_runs/, "
+            "the first is attempt-0."
+        )
+    return manifest
+
+
+def read_plan(uri: str) -> Plan:
+    """The plan of the run in the folder ``uri``.
+
+    Raises:
+        RunMismatchError: it is not there, or damaged.
+        StorageError: it cannot be read.
+    """
+    return _load_plan(uri)
+
+
+def find_run(output_uri: str) -> Run:
+    """The run that a folder holds, as it was planned; nothing is asked of its input.
+
+    Raises:
+        InputError: the folder's bucket cannot be reached.
+        RunMismatchError: there is no run, or a damaged one.
+        StorageError: the folder cannot be read, or holds a part that is none of the run's.
+    """
+    storage.check_reachable(output_uri)
+    uri = storage.absolute(output_uri).rstrip("/")
+    manifest = read_manifest(uri)
+    if manifest is None:
+        raise RunMismatchError(f"{uri} holds no run: there is no run.json.")
+    plan = _load_plan(uri)
+    finished = storage.exists(storage.join(uri, "_SUCCESS"))
+    return Run(uri, manifest, plan, frozenset(committed_shards(uri, plan)), True, finished)
 
 
 def check_not_emptied(config: JobConfig) -> None:
@@ -276,12 +321,13 @@ def _manifest(
             "rows": sum(file.rows for file in files),
             "fingerprint": fingerprint(files),
         },
-        "versions": _versions(),
+        "versions": versions(),
     }
     return dict(redacted(document))
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """This program's version and those of what it runs on, as installed here."""
     found = {"maverick-batch": __version__, "python": platform.python_version()}
     found["engine"] = engine_version()
     for package in _RECORDED_PACKAGES:
@@ -297,6 +343,7 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config = manifest["config"]
     return {
         "input.columns": config["input"]["columns"],
+        "input.template": config["input"].get("template"),
         "output.carry": config["output"]["carry"],
         "seed": config["seed"],
         "sampling": config["sampling"],
@@ -412,7 +459,10 @@ def _discard(uri: str, confirm: Callable[[], None]) -> None:
         confirm()
         storage.delete_all(doomed[first : first + step])
     storage.remove_empty_folders(storage.join(uri, "_journal"))
-    described = ("_duplicates.parquet", "_plan.json", "report.json", "report.html")
+    described = (
+        *("_duplicates.parquet", "_plan.json", "_progress.json"),
+        *("report.json", "report.html"),
+    )
     for name in (*described, *OPENAI_FILES):
         confirm()
         storage.delete(storage.join(uri, name))

@@ -60,6 +60,22 @@ def read_version(fs: Any, path: str) -> tuple[bytes, str]:
     return asyncio.run_coroutine_threadsafe(get(), fs.loop).result()
 
 
+def read_aged(fs: Any, path: str) -> tuple[bytes, str, float]:
+    """Content and ETag of the object, and the seconds since it was written, by the store's clock:
+    its answer has both moments, to the second."""
+
+    async def get() -> tuple[bytes, str, float]:
+        bucket, key, _ = fs.split_path(path)
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+        async with answer["Body"] as body:
+            content = await body.read()
+        now = parse_timestamp(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        age_s = (now - answer["LastModified"]).total_seconds()
+        return content, answer["ETag"].strip('"'), age_s
+
+    return asyncio.run_coroutine_threadsafe(get(), fs.loop).result()
+
+
 def replace(fs: Any, path: str, data: bytes, version: str) -> str:
     """Put ``data`` if the object's ETag is ``version``; the new ETag.
 

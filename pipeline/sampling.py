@@ -75,6 +75,8 @@ class SamplingDefaults(BaseModel):
     """Whether to return the log probability of each token of the completion. Default false."""
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     """Likeliest tokens returned beside each; wants logprobs: true. Default 0."""
+    prompt_logprobs: bool | None = None
+    """Whether to return the log probability and rank of each token of the prompt. Default false."""
     response_format: ResponseFormat | None = None
     """OpenAI's: any text, a JSON object, or JSON that fits a schema."""
     structured_outputs: StructuredOutputs | None = None
@@ -149,6 +151,7 @@ class Sampling(BaseModel):
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
     """Likeliest tokens returned beside each token of the completion; None: no log probabilities."""
+    prompt_logprobs: bool = False
     structure: Structure | None = None
     """The shape the completion must have."""
     tool_use: ToolUse | None = None

@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -34,7 +35,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol, glob_translate
 
-from pipeline import faults, local_files, s3
+from pipeline import faults, local_files, metrics, s3
 from pipeline.errors import InputError, StorageError, StorageUnavailableError
 from pipeline.faults import PATIENCE_S as PATIENCE_S
 from pipeline.faults import patience as patience
@@ -71,6 +72,20 @@ class FileEntry:
     """What changes when the object does: its ETag, else its modification time."""
 
 
+@dataclass(frozen=True, slots=True)
+class Aged:
+    """An object and its age."""
+
+    content: bytes
+    version: str
+    """As ``read_version`` gives it."""
+    age_s: float
+    """Seconds since it was written."""
+    one_clock: bool
+    """Whether the store told both times, of the write and of the answer; else this machine's clock
+    was compared with the one of the disk or store, which may differ."""
+
+
 def join(base: str, *parts: str) -> str:
     """``base`` and ``parts`` with single slashes between."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -79,6 +94,12 @@ def join(base: str, *parts: str) -> str:
 def name(uri: str) -> str:
     """The last path segment of ``uri``."""
     return posixpath.basename(uri.rstrip("/"))
+
+
+def parent(uri: str) -> str | None:
+    """The folder that ``uri`` lies in, without a slash at its end; None of a bucket or a root."""
+    folder = absolute(uri).rstrip("/").rpartition("/")[0]
+    return None if folder.endswith(("/", ":")) else folder
 
 
 def has_glob(uri: str) -> bool:
@@ -99,7 +120,9 @@ def check_reachable(uri: str) -> None:
         with patience(_PROBE_S):
             retrying(functools.partial(_probe, uri, protocol), what=f"look at {uri}")
     except FileNotFoundError:
-        raise InputError(f"{uri}: there is no bucket {_bucket(uri)!r}.") from None
+        raise InputError(
+            f"{uri}: there is no bucket {_bucket(uri)!r}; create it, or mend the URI."
+        ) from None
     except PermissionError:
         raise InputError(
             f"{uri}: access to bucket {_bucket(uri)!r} is denied; check AWS_ACCESS_KEY_ID and "
@@ -180,6 +203,27 @@ def list_folder(uri: str) -> list[str]:
     return _attempted(uri, "list", found)
 
 
+def list_folders(uri: str) -> list[str]:
+    """URIs of the folders directly in the folder ``uri``, sorted; none if it is not there.
+
+    Raises:
+        StorageError: it cannot be listed.
+    """
+
+    def found(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+        try:
+            infos = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(
+            fs.unstrip_protocol(info["name"]).rstrip("/")
+            for info in infos
+            if info["type"] == "directory"
+        )
+
+    return _attempted(uri, "list", found)
+
+
 def version(uri: str) -> tuple[int, str]:
     """Size (bytes) and version of the object at ``uri``, asked anew, as ``list_files`` gives them.
 
@@ -227,6 +271,39 @@ def read_version(uri: str) -> tuple[bytes, str]:
     return _attempted(uri, "read", _read_version)
 
 
+def read_aged(uri: str) -> Aged:
+    """The object at ``uri``, and how long it has been there.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: it cannot be read.
+    """
+
+    def read(fs: fsspec.AbstractFileSystem, path: str) -> Aged:
+        if get_protocol(uri) in _S3_PROTOCOLS:
+            return Aged(*s3.read_aged(fs, path), one_clock=True)
+        content, version = _read_version(fs, path)
+        age_s = (datetime.now(UTC) - fs.modified(path)).total_seconds()
+        return Aged(content, version, age_s, one_clock=False)
+
+    return _attempted(uri, "read", read)
+
+
+def written_at(uri: str) -> datetime:
+    """When the object at ``uri`` was written, by the clock of its store or disk; to the second.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: the store does not tell.
+    """
+
+    def look(fs: fsspec.AbstractFileSystem, path: str) -> datetime:
+        moment: datetime = fs.modified(path)
+        return moment
+
+    return _attempted(uri, "look at", look)
+
+
 @contextmanager
 def open_input(uri: str) -> Iterator[IO[bytes]]:
     """A seekable file that reads ranges as they are asked for, each retried by itself.
@@ -262,6 +339,17 @@ def put_bytes(uri: str, data: bytes) -> None:
         _confirm(fs, path, uri, len(data))
 
     _attempted(uri, "write", put)
+
+
+def check_writable(uri: str) -> None:
+    """Whether an object could be put at ``uri``: one beside it is, and deleted.
+
+    Raises:
+        StorageError: it could not.
+    """
+    probe = f"{uri}.probe"
+    put_bytes(probe, b"")
+    delete(probe)
 
 
 @contextmanager
@@ -423,7 +511,8 @@ def _attempted(uri: str, verb: str, action: Callable[[fsspec.AbstractFileSystem,
             fs, path = _filesystem(uri)
             return action(fs, path)
 
-    return retrying(attempt, what=f"{verb} {uri}")
+    with metrics.STORE_SECONDS.timed(verb.split()[0]):  # "look at", "delete 3 objects from"
+        return retrying(attempt, what=f"{verb} {uri}")
 
 
 def _patient_fetcher(uri: str, fetch: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
@@ -571,5 +660,7 @@ def _translated(uri: str, verb: str) -> Iterator[None]:
     except ImportError as error:
         raise StorageError(f"cannot {verb} {uri}: its driver is not installed: {error}") from error
     except faults.driver_errors() as error:
+        if isinstance(error, NotADirectoryError) and verb in ("read", "look at"):  # below a file
+            raise FileNotFoundError(f"{uri}: {error.strerror}") from error
         kind = StorageUnavailableError if faults.is_transient(error) else StorageError
         raise kind(f"cannot {verb} {uri}: {faults.describe(error)}") from error

@@ -7,11 +7,14 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+VARIANT = "="
+"""How the tags of a union's members begin, which pydantic puts into paths."""
+
 
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """The first fault of ``error`` in one sentence; for an unknown key, the nearest valid one."""
     fault = error.errors(include_url=False)[0]
-    path = [str(part) for part in fault["loc"]]
+    path = [part for part in map(str, fault["loc"]) if not part.startswith(VARIANT)]
     where = ".".join(path)
     more = f" ({error.error_count() - 1} more after that)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":

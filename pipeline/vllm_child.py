@@ -24,12 +24,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def register() -> None:
     """Entry point: called by vLLM in every process; a further call in one process is harmless."""
     if multiprocessing.parent_process() is not None:
-        _end_with_parent()
+        end_with_parent()
     # vLLM forks its engine core where it can, and plugins are not loaded again there
-    multiprocessing.util.register_after_fork(sys.modules[__name__], lambda _: _end_with_parent())
+    multiprocessing.util.register_after_fork(sys.modules[__name__], lambda _: end_with_parent())
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Have this process end when the one that started it does."""
     parent = multiprocessing.parent_process()
     if parent is None or not sys.platform.startswith("linux"):
         return

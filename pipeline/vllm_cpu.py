@@ -1,7 +1,8 @@
-"""vLLM plugin: makes expert parallelism, single image tiles and seeds work on vLLM's CPU backend.
+"""vLLM plugin: makes expert and data parallelism, single image tiles, seeds and the count of routed
+experts work on vLLM's CPU backend.
 
 vLLM calls ``register`` in each of its processes (entry point group ``vllm.general_plugins``). Off
-the CPU platform it does nothing. On it, it replaces four methods of vLLM 0.32:
+the CPU platform it does nothing. On it, it replaces methods of vLLM 0.32:
 
 - ``CPUUnquantizedExperts.apply`` ignores ``expert_map`` and hands global expert ids to a kernel
   that holds only this rank's experts, which segfaults. Here ids go through ``localize`` first.
@@ -11,6 +12,9 @@ the CPU platform it does nothing. On it, it replaces four methods of vLLM 0.32:
   back where a prompt did not fit into one step and its sampled token is thrown away. CPU generators
   cannot be wound back: the engine dies (``CPU Generator does not use offset``). Here, and in
   ``_sample``, such rows' generators are out of sight, so nothing is drawn from them.
+- ``VllmConfig._verify_aux_output_compatibility`` and three methods of ``CPUModelRunner``: see
+  ``vllm_cpu_routing``.
+- ``CpuCommunicator.all_gatherv`` and ``reduce_scatterv``: see ``vllm_cpu_ranks``.
 
 Each is replaced only if the vLLM version is one this was run with and the method's source is what
 the replacement was written for; otherwise a warning says so and vLLM stays as it is. What was done
@@ -25,6 +29,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pipeline import vllm_cpu_ranks, vllm_cpu_routing
 
 if TYPE_CHECKING:  # torch and vllm take seconds to import; `localize` needs tensor methods only
     from torch import Tensor
@@ -181,8 +187,11 @@ def without_generators_of_unread_prompts(original: Callable[..., Any]) -> Callab
 
 def replacements() -> tuple[Replacement, ...]:
     """The methods to replace. Imports vLLM's modules, so it is called on the CPU platform only."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.models.mllama4 import Llama4UnfoldConvolution
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     return (
@@ -221,6 +230,48 @@ def replacements() -> tuple[Replacement, ...]:
             has=("sampling_metadata = self.input_batch.sampling_metadata", "self.sampler("),
             lacks=("discard_request_mask",),
             make=without_generators_of_unread_prompts,
+        ),
+        Replacement(
+            owner=VllmConfig,
+            method="_verify_aux_output_compatibility",
+            has=("if not self.aux_output_config.enabled:", "not self.use_v2_model_runner and not"),
+            lacks=("is_cpu()",),
+            make=vllm_cpu_routing.with_the_v1_runner_accepted,
+        ),
+        Replacement(
+            owner=CPUModelRunner,
+            method="initialize_kv_cache",
+            has=("super().initialize_kv_cache(",),
+            lacks=("aux_output_connector",),
+            make=vllm_cpu_routing.with_connector,
+        ),
+        Replacement(
+            owner=CPUModelRunner,
+            method="execute_model",
+            has=("self._update_states(scheduler_output)", "self.execute_model_state is not None"),
+            lacks=("aux_output_connector",),
+            make=vllm_cpu_routing.with_step_begun,
+        ),
+        Replacement(
+            owner=CPUModelRunner,
+            method="sample_tokens",
+            has=("self.execute_model_state is None", "sampled_token_ids=valid_sampled_token_ids"),
+            lacks=("aux_output_connector",),
+            make=vllm_cpu_routing.with_routed_experts,
+        ),
+        Replacement(
+            owner=CpuCommunicator,
+            method="all_gatherv",
+            has=("sizes: list[int] | None", "raise NotImplementedError"),
+            lacks=("self.",),
+            make=vllm_cpu_ranks.gathering_rows,
+        ),
+        Replacement(
+            owner=CpuCommunicator,
+            method="reduce_scatterv",
+            has=("sizes: list[int] | None", "raise NotImplementedError"),
+            lacks=("self.",),
+            make=vllm_cpu_ranks.reducing_rows,
         ),
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 
 from pipeline.admission import EngineLoad
 from pipeline.cpu import Meter
+from pipeline.digests import digest_tokens
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.errors import EngineError, ErrorCode, RowError
 from pipeline.images import decode
@@ -77,7 +79,14 @@ class EchoEngine:
         finally:
             self.running -= 1
         text = f"{request.seed}:{len(request.token_ids)}"
-        return EngineOutput(text, self.finish_reason, len(request.token_ids), len(text), 0)
+        return EngineOutput(
+            text,
+            self.finish_reason,
+            len(request.token_ids),
+            len(text),
+            0,
+            completion_digest=digest_tokens(list(text.encode())),
+        )
 
     def listen(self, on_step: Callable[[EngineLoad], None], _cpu: Meter) -> None:
         """One listener; steps come while there is work, unless the engine hangs."""
@@ -117,3 +126,50 @@ class EchoEngine:
                 await asyncio.wait_for(self._dead.wait(), self.delay_s)
         if self._dead.is_set():
             raise EngineError("died")
+
+
+class FinishedRequest(SimpleNamespace):
+    """vLLM's ``FinishedRequestStats``, as far as it is read."""
+
+    def __init__(self, reason: str, latency_s: float, queued_s: float, per_token_s: float) -> None:
+        super().__init__(
+            finish_reason=reason,
+            e2e_latency=latency_s,
+            queued_time=queued_s,
+            mean_time_per_output_token=per_token_s,
+        )
+
+
+class StepLoad(SimpleNamespace):
+    """vLLM's ``SchedulerStats``, likewise."""
+
+    def __init__(
+        self, running: int, waiting: int, skipped: int, usage: float, *, queries: int, hits: int
+    ) -> None:
+        super().__init__(
+            num_running_reqs=running,
+            num_waiting_reqs=waiting,
+            num_skipped_waiting_reqs=skipped,
+            kv_cache_usage=usage,
+            prefix_cache_stats=SimpleNamespace(queries=queries, hits=hits),
+        )
+
+
+class Step(SimpleNamespace):
+    """vLLM's ``IterationStats``, likewise."""
+
+    def __init__(
+        self,
+        prompt: int,
+        preempted: int,
+        generated: int,
+        first_token_s: Sequence[float],
+        finished: Sequence[FinishedRequest],
+    ) -> None:
+        super().__init__(
+            num_prompt_tokens=prompt,
+            num_preempted_reqs=preempted,
+            num_generation_tokens=generated,
+            time_to_first_tokens_iter=first_token_s,
+            finished_requests=finished,
+        )

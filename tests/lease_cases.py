@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.errors import ExitCode, LeaseLostError, RunBusyError, StorageError
-from pipeline.lease import Lease, LeaseRecord, LeaseState, check_not_driven
+from pipeline.lease import Lease, LeaseRecord, LeaseState, LeaseView, check_not_driven, observe
 
 _OWNER = """
 import sys, time
@@ -46,6 +46,11 @@ class LeaseCases:
     def acquire(self, run_uri: str, *, wait: bool = False) -> Lease:
         return Lease.acquire(run_uri, wait=wait, ttl_s=self.ttl_s, renewal_s=self.renewal_s)
 
+    def seen(self, run_uri: str) -> LeaseView:
+        view = observe(run_uri, ttl_s=self.ttl_s, renewal_s=self.renewal_s)
+        assert view is not None
+        return view
+
     def owner_process(self, run_uri: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", _OWNER, run_uri, str(self.ttl_s), str(self.renewal_s)],
@@ -65,6 +70,24 @@ class LeaseCases:
             secret = os.environ.get("AWS_SECRET_ACCESS_KEY", "none")
             assert secret not in json.dumps(document)
         assert record_at(run_uri).state == "released"
+
+    def test_an_onlooker_sees_whether_the_owner_lives(self, run_uri: str) -> None:
+        assert observe(run_uri) is None
+        with self.acquire(run_uri) as lease:
+            while not (view := self.seen(run_uri)).lives:  # a busy machine may pause the owner
+                time.sleep(self.renewal_s)
+            assert view.record.owner == lease.owner
+        view = self.seen(run_uri)
+        assert (view.lives, view.record.state) == (False, LeaseState.RELEASED)
+
+    def test_an_onlooker_sees_that_the_owner_was_killed(self, run_uri: str) -> None:
+        with self.owner_process(run_uri) as process:
+            process.kill()
+        while self.seen(run_uri).lives:
+            time.sleep(self.renewal_s)
+        view = self.seen(run_uri)
+        assert view.age_s >= self.ttl_s
+        assert view.record.state is LeaseState.HELD
 
     def test_of_contenders_at_once_exactly_one_wins(self, run_uri: str) -> None:
         barrier = threading.Barrier(6)

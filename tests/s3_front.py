@@ -9,12 +9,13 @@ from __future__ import annotations
 import http.client
 import socket
 import struct
-import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.http_server import serving
 
 RESET = "reset"
 """The connection breaks before the server hears of the request."""
@@ -41,18 +42,10 @@ class S3Front:
 @contextmanager
 def s3_front(upstream: str | None = None, *, otherwise: str = SLOW_DOWN) -> Iterator[S3Front]:
     """A front at a port of its own; ``upstream`` is ``host:port``."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
-    front = S3Front(f"http://127.0.0.1:{server.server_port}", upstream, otherwise)
-    server.front = front  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with serving(_Handler) as server:
+        front = S3Front(f"http://127.0.0.1:{server.server_port}", upstream, otherwise)
+        server.front = front  # type: ignore[attr-defined]
         yield front
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

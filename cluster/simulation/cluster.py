@@ -1,8 +1,8 @@
-"""The event loop: shards are prepared, bound to replicas, worked off and committed.
+"""The event loop: shards are prepared, given to replicas, worked off and committed.
 
 In: a ``ClusterSpec``, a ``Workload`` and a ``Policy``. Out: a ``SimulatedRun``. Deterministic by
-seed. As in Ray Data, a shard is bound to the replica with the fewest shards as soon as that has
-room, and never moves: not even while the replica is gone.
+seed. As in ``pipeline.pool``, a shard goes to the replica with the fewest shards as soon as that
+has room; those of a replica that is lost go first to whichever has room.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ClusterSpec:
     prepare_cpus: int = 2
     """CPUs that prepare, per replica."""
     driver_s: float = 0.006
-    """Seconds of the driver per shard: three tasks of Ray Data, one after the other."""
+    """Seconds of the driver per shard: two tasks of Ray Data and a call, one after the other."""
     journal_s: float = 5.0
     """``limits.journal_s``."""
     churn: Churn | None = None
@@ -217,6 +217,10 @@ class _Cluster:
 
     def _arrive(self, replica: SimulatedReplica, shard: BoundShard) -> None:
         replica.arriving -= 1
+        if not replica.up:
+            self._ready.appendleft(shard)
+            self._bind()
+            return
         replica.queued.append(shard)
         self._open_next(replica)
 
@@ -225,7 +229,7 @@ class _Cluster:
     def _open_next(self, replica: SimulatedReplica) -> None:
         while (shard := replica.next_to_open()) is not None:
             seconds = self._store_s(_CALLS_TO_OPEN)
-            if shard.attempts:  # its prepared block was lost with the node
+            if shard.attempts:  # its prepared block may be lost with the node
                 seconds += self._prepare_s(shard)
             shard.attempts += 1
             self._at(self._now + seconds, self._opened, replica, shard, replica.life)
@@ -285,11 +289,13 @@ class _Cluster:
         if up:
             replica = self._dice.choice(up)
             durable = self._now - self._spec.journal_s * self._dice.random() - self._store_s()
-            lost = replica.lose(durable)
+            lost, left = replica.lose(durable)
+            self._ready.extendleft(reversed(left))
             self._result.redone_tokens += sum(self._completion[row] for row in lost)
             back = self._now + churn.boot_s
             self._result.losses.append((self._now, back))
             self._at(back, self._boot, replica)
+            self._bind()
         self._at(self._now + churn.every_s, self._lose)
 
     def _boot(self, replica: SimulatedReplica) -> None:

@@ -22,7 +22,8 @@ from jobs.cli import run_job
 from jobs.nightly import nightly, nightly_parser
 from pipeline.admission import EngineLoad
 from pipeline.cpu import Meter
-from pipeline.engine import EngineOutput, EngineRequest, EngineSpec
+from pipeline.engine import EngineOutput, EngineRequest
+from pipeline.engine_spec import EngineSpec
 
 PACED = EngineModel(
     name="paced",

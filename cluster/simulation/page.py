@@ -12,6 +12,7 @@ from cluster.simulation.driver import DriverTimes
 from cluster.simulation.policies import FIFO, PIPELINE
 from cluster.simulation.scenarios import (
     GIVEN,
+    LATE_S,
     MOST_OVER_BOUND,
     MOST_OVER_CHURN_BOUND,
     TIGHT,
@@ -54,6 +55,8 @@ def page(
         tail_verdict=_verdict(study.tail[0].over_bound <= MOST_OVER_BOUND),
         most_over_bound=MOST_OVER_BOUND,
         open_shards=_open_shards(study),
+        late=_late(study),
+        late_s=LATE_S,
         churn_table=_churn(study),
         churn_seeds=len(study.churn[0]),
         driver=driver,
@@ -130,6 +133,22 @@ def _open_shards(study: Study) -> str:
         for count, runs in variants.items()
     ]
     return _table(("shards per replica", *(run.workload for run in first)), rows)
+
+
+def _late(study: Study) -> str:
+    head = ("lengths", "rows per replica", "shards", "makespan", "makespan / bound", "FIFO's")
+    rows = [
+        (
+            ours.workload,
+            f"{ours.rows // ours.replicas:,}",
+            ours.shards,
+            f"{ours.makespan:,.0f} s",
+            f"**{ours.over_bound:.3f}**",
+            f"{fifo.over_bound:.3f}",
+        )
+        for ours, fifo in study.late
+    ]
+    return _table(head, rows)
 
 
 def _churn(study: Study) -> str:

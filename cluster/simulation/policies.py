@@ -12,8 +12,7 @@ from typing import Protocol
 
 from pipeline.admission import AdmissionWindow, EngineLoad
 from pipeline.backlog import Backlog, Waiting
-from pipeline.plan import InputFile, Plan, make_plan
-from pipeline.replica import OPEN_SHARDS
+from pipeline.plan import OPEN_SHARDS, InputFile, Plan, make_plan
 
 SHARD_ROWS = 512
 """``limits.shard_rows`` unless configured."""

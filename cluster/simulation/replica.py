@@ -15,7 +15,7 @@ from pipeline.backlog import Waiting, expected_steps, prefix_key
 
 @dataclass(eq=False, slots=True)
 class BoundShard:
-    """A shard that a replica has, open or queued."""
+    """A shard on its way to a replica, or open there."""
 
     index: int
     rows: range
@@ -69,7 +69,7 @@ class SimulatedReplica:
 
     @property
     def bound(self) -> int:
-        """Shards that nobody else will get."""
+        """Shards that are its own."""
         return len(self.open) + len(self.queued) + self.arriving
 
     @property
@@ -113,10 +113,11 @@ class SimulatedReplica:
         self._pump()
         return whole
 
-    def lose(self, durable: float) -> list[int]:
+    def lose(self, durable: float) -> tuple[list[int], list[BoundShard]]:
         """Its process is gone; finished rows that were not journaled by ``durable`` are lost.
 
-        Its shards stay bound to it: Ray tries them again where the replica starts again.
+        Returns:
+            Those rows; the shards it leaves, in their order.
         """
         self.up = False
         self.life += 1
@@ -127,9 +128,10 @@ class SimulatedReplica:
             shard.missing.update(gone)
             shard.finished.clear()
             lost += gone
-        self.queued.extendleft(reversed(self.open.values()))
+        left = [*self.open.values(), *self.queued]
         self.open.clear()
-        return lost
+        self.queued.clear()
+        return lost, left
 
     def boot(self) -> None:
         """A new process, with a new engine."""

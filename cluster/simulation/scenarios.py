@@ -49,6 +49,9 @@ MOST_OVER_BOUND = 1.03
 MOST_OVER_CHURN_BOUND = 1.10
 OPEN_SHARDS = (2, 4, 8, 16, 32)
 QUEUED_SHARDS = (0, 1, 4)
+LATE_LENGTHS = (1_000, 4_000, 7_000)
+LATE_S = 1.0
+"""Between one replica's engine and the next: nodes read weights at their own pace."""
 CHURN_SIZES = ((1, 96_000), (8, 32_000), (8, 96_000), (64, 16_000))
 """(replicas, rows per replica)."""
 CHURN_SEEDS = 2
@@ -82,6 +85,8 @@ class Study:
     open_shards: Mapping[int, Sequence[SimulatedRun]]
     """By their number; a run per kind of rows."""
     queued_shards: Mapping[int, Sequence[SimulatedRun]]
+    late: Sequence[tuple[SimulatedRun, SimulatedRun]]
+    """Replicas that start one after the other: the pipeline, FIFO."""
     churn: Sequence[Sequence[SimulatedRun]]
     """By size; a run per seed."""
 
@@ -95,6 +100,10 @@ def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int 
     rows = replicas * (1_500 if quick else 32_000)
     open_shards = OPEN_SHARDS[1:3] if quick else OPEN_SHARDS
     queued_shards = QUEUED_SHARDS[:2] if quick else QUEUED_SHARDS
+    late_lengths = LATE_LENGTHS[:1] if quick else LATE_LENGTHS
+    late = ClusterSpec(
+        replicas, GIVEN, ready_s=tuple(LATE_S * n for n in range(replicas)), seed=seed
+    )
     churn_sizes = [(2, 20_000)] if quick else CHURN_SIZES
     seeds = 1 if quick else CHURN_SEEDS
 
@@ -123,19 +132,26 @@ def study(seed: int, *, quick: bool, say: Callable[[str], None], processes: int 
         [case(replace(PIPELINE, open_shards=n), kind) for n in open_shards for kind in KINDS],
         [case(replace(PIPELINE, queued_shards=n), kind) for n in queued_shards for kind in KINDS],
         [
+            Case(late, policy, kind, replicas * each, seed)
+            for kind in KINDS
+            for each in late_lengths
+            for policy in (PIPELINE, FIFO)
+        ],
+        [
             Case(spec, PIPELINE, log_normal, count * each, seed)
             for count, each in churn_sizes
             for number in range(seeds)
             for spec in (ClusterSpec(count, GIVEN, churn=Churn(), seed=seed + number),)
         ],
     )
-    scale, grown, tail, opened, queued, churn = _run_all(sections, processes, say)
+    scale, grown, tail, opened, queued, lagging, churn = _run_all(sections, processes, say)
     return Study(
         scale=[(size, *pair) for size, pair in zip(sizes, _pairs(scale), strict=True)],
         lengths=_pairs(grown),
         tail=tail,
         open_shards=dict(zip(open_shards, _pairs(opened), strict=True)),
         queued_shards=dict(zip(queued_shards, _pairs(queued), strict=True)),
+        late=_pairs(lagging),
         churn=[churn[first : first + seeds] for first in range(0, len(churn), seeds)],
     )
 

@@ -19,12 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs.bench import report
 from jobs.bench.contenders import Contender
-from jobs.bench.machine import code, gpus, machine
+from jobs.bench.machine import code, machine
 from jobs.bench.measure import BenchError, measure, prepare
 from jobs.bench.results import Measurement, Setting, Store, of_setting, same_work
 from jobs.bench.workloads import WORKLOADS, Workload
 from jobs.cli import Interrupted, raise_interrupted
 from pipeline.errors import ExitCode, PipelineError
+from pipeline.hardware import gpus
 from pipeline.profile import REPO_ROOT
 
 NULL = "null"

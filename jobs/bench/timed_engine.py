@@ -14,7 +14,8 @@ from jobs.bench.requests import WARM_UP_REQUESTS, WARM_UP_TOKENS
 from jobs.bench.stamps import Stamps
 from pipeline.admission import EngineLoad
 from pipeline.cpu import Meter
-from pipeline.engine import Engine, EngineOutput, EngineRequest, EngineSpec, VLLMEngine
+from pipeline.engine import Engine, EngineOutput, EngineRequest, VLLMEngine
+from pipeline.engine_spec import EngineSpec
 
 
 class TimedEngine:
@@ -37,8 +38,8 @@ class TimedEngine:
             self._stamps.leave()
 
     def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
-        """See ``Engine.listen``."""
-        self._engine.listen(on_step, cpu)
+        """See ``Engine.listen``. The warm-up's steps are nobody's: they would widen a window."""
+        self._engine.listen(lambda load: on_step(load) if self._warm else None, cpu)
 
     def shutdown(self) -> None:
         """See ``Engine.shutdown``."""

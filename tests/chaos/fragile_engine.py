@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.engine import EngineOutput, EngineRequest, EngineSpec, VLLMEngine
+from pipeline.engine import EngineOutput, EngineRequest, VLLMEngine
+from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError
 from tests.chaos.corpus import MARKER_TOKENS
 from tests.chaos.ledger import Generation, Ledger, now

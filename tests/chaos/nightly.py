@@ -14,7 +14,8 @@ from pathlib import Path
 
 from jobs.cli import run_job
 from jobs.nightly import nightly, nightly_parser
-from pipeline.engine import Engine, EngineSpec
+from pipeline.engine import Engine
+from pipeline.engine_spec import EngineSpec
 from tests.chaos.fragile_engine import start_fragile_echo, start_fragile_vllm
 
 LEDGER_VARIABLE = "CHAOS_LEDGER"

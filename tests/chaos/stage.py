@@ -7,7 +7,6 @@ Replicas keep off the head node (it offers no CPU): losing it would be losing th
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from tests.chaos.judge import (
 from tests.chaos.nightly import ECHO_VARIABLE, LEDGER_VARIABLE
 from tests.chaos.proxy import FaultProxy
 from tests.chaos.victims import Victim
+from tests.variables import variables, without_ray
 
 BASE_URI = "s3://batch/chaos"
 INPUT_URI = f"{BASE_URI}/input"
@@ -125,10 +125,9 @@ class Stage:
         }
 
     def _environment(self, ledger: Path) -> dict[str, str]:
-        own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         echo = self.setting.echo_delay_s
         return {
-            **own,
+            **without_ray(),
             **self.cluster.state.environment(),
             LEDGER_VARIABLE: str(ledger),
             **({} if echo is None else {ECHO_VARIABLE: str(echo)}),
@@ -146,7 +145,7 @@ def set_stage(
         )
         with (
             LocalCluster(folder / "state", options) as cluster,
-            _variables(cluster.state.environment()),
+            variables(cluster.state.environment()),
         ):
             upload(setting.corpus, INPUT_URI)
             yield Stage(cluster, proxy, setting, folder)
@@ -201,14 +200,3 @@ def _result_adds_up(story: Story, rows: int) -> Check:
     counted = dict((story.result or {}).get("rows", {}))
     whole = counted.get("total") == rows == sum(counted.get(state, 0) for state in _STATES)
     return Check("rows in = rows out", whole, str(counted))
-
-
-@contextmanager
-def _variables(given: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

@@ -27,7 +27,7 @@ SETTING = Setting(
     replicas=2,
     overrides={"max_num_seqs": 4},
     limits={"shard_rows": 100, "journal_s": JOURNAL_S},
-    echo_delay_s=0.15,
+    echo_delay_s=0.25,  # work for 40 s at least: all kills find it at work
 )
 FIRE = Fire(pause_s=(2.0, 4.0), outage_s=5.0, node_away_s=1.0, stuck_s=150.0)
 

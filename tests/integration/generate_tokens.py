@@ -1,6 +1,7 @@
 """Runs a fixed set of rows through the real ``vllm.LLM`` under one profile, in its own process.
 
-In: a profile's name and a file to write. Out: JSON, one list of token ids per row. Text rows and
+In: a profile's name and a file to write. Out: JSON, per row its token ids and the experts of each
+token (``[position][layer]``, of prompt and completion). Text rows and
 image rows (one tile, several tiles, two images); greedy rows and rows drawn with a seed; half of
 them run on past the end token, so that more is compared than short answers.
 
@@ -68,9 +69,10 @@ def message(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": row.text}]}]
 
 
-def generate(profile_name: str, overrides: Mapping[str, Any]) -> list[list[int]]:
-    """Token ids of every row, in order."""
-    profile = load_profile(profile_name, overrides=overrides)
+def generate(profile_name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Token ids and experts of every row, in order, and how long the prompts were."""
+    counting = {"enable_return_routed_experts": True}
+    profile = load_profile(profile_name, overrides={**counting, **overrides})
     os.environ.update(profile.env)  # read when vLLM is imported
     from vllm import LLM, SamplingParams
 
@@ -86,7 +88,11 @@ def generate(profile_name: str, overrides: Mapping[str, Any]) -> list[list[int]]
         for row in rows
     ]
     outputs = llm.chat([message(row) for row in rows], sampling, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "prompts": [len(output.prompt_token_ids or ()) for output in outputs],
+        "experts": [output.outputs[0].routed_experts[:, :, 0].tolist() for output in outputs],
+    }
 
 
 if __name__ == "__main__":

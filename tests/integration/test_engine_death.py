@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from pipeline.admission import AdmissionWindow
-from pipeline.engine import EngineSpec
+from pipeline.engine_spec import EngineSpec
 from pipeline.errors import ErrorCode
 from pipeline.profile import load_profile
 from pipeline.records import Completion, Failure, Outcome, Prepared

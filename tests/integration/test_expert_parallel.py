@@ -37,9 +37,13 @@ PLUGIN_LINE = (
 
 @dataclass(frozen=True)
 class Generation:
-    """What one engine gave: token ids by row, and all it printed."""
+    """What one engine gave, by row, and all it printed."""
 
     tokens: list[list[int]]
+    prompts: list[int]
+    """Tokens of each prompt."""
+    experts: list[list[list[int]]]
+    """Of each token but the last, by layer."""
     log: str
 
 
@@ -58,7 +62,7 @@ def run_engine(profile: str, folder: Path) -> Generation:
         check=False,
     )
     assert done.returncode == 0, f"{profile} ended with {done.returncode}:\n{done.stdout[-6000:]}"
-    return Generation(json.loads(out.read_text()), done.stdout)
+    return Generation(**json.loads(out.read_text()), log=done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,23 @@ def test_expert_parallel_tokens_equal_those_of_one_process(
         if pair[0] != pair[1]
     ]
     assert differing == []
+
+
+def test_the_engine_tells_each_tokens_experts_and_two_processes_tell_the_same(
+    one_process: Generation, two_processes: Generation
+) -> None:
+    rows = zip(two_processes.prompts, two_processes.tokens, two_processes.experts, strict=True)
+    assert all(len(experts) == prompt + len(tokens) - 1 for prompt, tokens, experts in rows)
+    used = [{token[layer] for row in two_processes.experts for token in row} for layer in range(4)]
+    assert (used[0], used[2]) == ({0}, {0})  # no experts there
+    assert used[1] | used[3] <= set(range(8))
+    assert len(used[1]) + len(used[3]) > 8
+    differing = sum(
+        one != two
+        for row in zip(one_process.experts, two_processes.experts, strict=True)
+        for one, two in zip(*row, strict=True)
+    )
+    assert differing == 0
 
 
 def test_the_compared_tokens_are_many_and_varied(one_process: Generation) -> None:

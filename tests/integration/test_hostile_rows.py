@@ -7,7 +7,6 @@ Not covered here: web servers that mean harm (the tests of fetching have some).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import pytest
 import yaml
 
 from tests.hostile import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, PLANTED, Case, cases
+from tests.variables import without_ray
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 
@@ -160,14 +160,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path, ray_folder: Path, corpus: list[Case]) -> Run:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     secrets = {"AWS_SECRET_ACCESS_KEY": PLANTED, "HF_TOKEN": PLANTED, "AWS_ACCESS_KEY_ID": "id"}
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.nightly", "--config", str(folder / "job.yaml")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**kept, **secrets, "RAY_TMPDIR": str(ray_folder)},
+        env={**without_ray(), **secrets, "RAY_TMPDIR": str(ray_folder)},
     )
     peaks: dict[str, int] = {}
     ended = threading.Event()

@@ -4,6 +4,7 @@ The engine is the one thing replaced; tests/integration/test_nightly_job.py has 
 """
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from tests.integration import fake_job
 from tests.integration.fake_job import records
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_ray")]
 
 ROWS = 230
 
@@ -39,7 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "input": {"uri": str(folder / "in")},
         "output": {"uri": str(folder / "out")},
         "seed": 1,
-        "engine": {"profile": "mini-maverick-tp1", "replicas": 2},
+        "engine": {
+            "profile": "mini-maverick-tp1",
+            "replicas": 2,
+            "overrides": {"enable_return_routed_experts": True},
+        },
         "limits": {"max_error_rate": 0.5, "shard_rows": 25},
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(config))
@@ -64,8 +69,24 @@ def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
     assert (out / "_SUCCESS").exists()
     report = json.loads((out / "report.json").read_text())
     assert report["rows"] == result["rows"]
-    steps = ("start", "read", "prepare", "queue", "engine", "journal", "commit")
+    # a commit is counted with the replica's next part, and there may be none
+    steps = ("start", "read", "prepare", "queue", "engine", "journal")
     assert all(report["cpu_s"][step] > 0 for step in steps)  # from tasks and replicas alike
+    assert report["throughput"]["rows"] == ROWS  # rows that failed before the engine, too
+    assert sum(replica["rows"] for replica in report["replicas"]) == ROWS
+    assert {node for replica in report["replicas"] for node in replica["nodes"]} == {
+        platform.node()
+    }
+    assert all(row["finished_at"] is not None for row in records(out))
+    (start,) = report["time"]["starts"]
+    assert report["time"]["first_start"] <= start["first_shard"] <= start["last_commit"]
+    (detail,) = report["error_details"]
+    assert {example["input_row"] % 50 for example in detail["examples"]} == {7}
+
+    routed = sum(row["total_tokens"] - 1 for row in records(out) if row["status"] == "succeeded")
+    assert [layer["tokens"] for layer in report["experts"]["layers"]] == [
+        [0, 0, routed, 0, 0, 0, 0, 0]
+    ] * 2
 
     before = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
     code, again, stderr = nightly(folder)
@@ -81,7 +102,13 @@ def test_a_run_its_repetition_and_the_loss_of_a_part(folder: Path) -> None:
     code, third, stderr = nightly(folder)
     assert (code, third["generated_rows"]) == (0, shape.num_rows), stderr
     assert third["rows"] == result["rows"]
-    assert pq.read_table(out / "data" / lost).drop("latency_s") == shape.drop("latency_s")
+    report = json.loads((out / "report.json").read_text())
+    assert [each["rows"] for each in report["time"]["starts"]] == [
+        ROWS - shape.num_rows,
+        shape.num_rows,
+    ]
+    times = ["latency_s", "finished_at"]
+    assert pq.read_table(out / "data" / lost).drop(times) == shape.drop(times)
     untouched = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
     assert {name for name in before if before[name] != untouched[name]} <= {lost}
 

@@ -7,9 +7,11 @@ part lost. Not covered: GPUs, more than one replica of the real engine at a time
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import duckdb
 import pandas as pd
 import pytest
 
+from cluster import parts
 from cluster.quickstart import download_run
 from cluster.sample import SAMPLE_FOLDER, judge, read_records, upload
 from cluster.state import ClusterState
@@ -28,10 +31,14 @@ from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import open_input, read_shard
 from pipeline.records import Failure, Prepared, input_block, read_prepared
 from pipeline.sampling import SamplingDefaults
+from tests import prometheus
+from tests.prometheus import Prometheus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(900)]
 
 RUN = "s3://batch/runs/quickstart"
+VARYING = ["latency_s", "cached_tokens", "finished_at"]
+"""Columns that a second generation of the same rows may have otherwise."""
 
 
 def prepared_sample() -> list[Prepared | Failure]:
@@ -81,7 +88,22 @@ def count_with_ray_data(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def first(mini_cluster: ClusterState) -> tuple[int, dict[str, Any], str]:
+def scraper(
+    mini_cluster: ClusterState, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus | None]:
+    """A Prometheus that scrapes the cluster while the module's jobs run; None: there is none."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    targets = parts.metrics_targets(mini_cluster)
+    with prometheus.running(tmp_path_factory.mktemp("prometheus"), targets) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def first(
+    mini_cluster: ClusterState, scraper: Prometheus | None
+) -> tuple[int, dict[str, Any], str]:
     """The first submission of the sample."""
     upload()
     return submit()
@@ -112,6 +134,30 @@ def test_every_row_ends_as_one_record_that_is_what_it_should_be(
     assert verdict.other_right >= 0.95 * verdict.other
     assert (folder / "_SUCCESS").exists()
     assert (folder / "report.html").exists()
+
+
+def test_prometheus_has_what_the_report_says_and_the_dashboard_asks_for(
+    first: tuple[int, dict[str, Any], str], folder: Path, scraper: Prometheus | None
+) -> None:
+    scraper = scraper or pytest.skip("no prometheus here; Debian's package prometheus has it")
+    _, result, _ = first
+    rows = {status: n for status, n in result["rows"].items() if n and status != "total"}
+    tokens = {kind: n for kind, n in result["tokens"].items() if n}
+    assert scraper.settled("max by (status) (ray_maverick_rows_total)", rows) == rows
+    assert scraper.settled("max by (kind) (ray_maverick_tokens_total)", tokens) == tokens
+    report = json.loads((folder / "report.json").read_text())
+    failures = report["errors"]
+    assert scraper.settled("max by (code) (ray_maverick_failures_total)", failures) == failures
+
+    silent = {query for query in prometheus.dashboard_queries() if not scraper.has_data(query)}
+    assert silent == set()
+    assert scraper.rules() == prometheus.alert_names()
+
+    ids = {record["custom_id"] for record in read_records(folder)}
+    for labels in scraper.labels('{__name__=~"ray_maverick_.+|vllm:.+"}'):
+        assert labels.keys() <= prometheus.LABELS | {"__name__"}, labels
+        assert not ids & set(labels.values())
+        assert labels["run"] == "quickstart"
 
 
 def test_the_log_proves_expert_parallelism(first: tuple[int, dict[str, Any], str]) -> None:
@@ -161,7 +207,7 @@ def test_the_same_command_again_generates_nothing_and_a_lost_part_only_itself(
     after = {e.uri: e.version for e in storage.list_files(storage.join(RUN, "data"))}
     assert {key for key in others if after[key] != others[key]} <= {uri}
     download_run(RUN, tmp_path)
-    before = pd.read_parquet(folder / "data" / part).drop(columns=["latency_s", "cached_tokens"])
-    now = pd.read_parquet(tmp_path / "data" / part).drop(columns=["latency_s", "cached_tokens"])
+    before = pd.read_parquet(folder / "data" / part).drop(columns=VARYING)
+    now = pd.read_parquet(tmp_path / "data" / part).drop(columns=VARYING)
     assert third["generated_rows"] == len(before)
     pd.testing.assert_frame_equal(before, now)

@@ -184,6 +184,27 @@ def test_an_upload_that_is_broken_off_leaves_what_was_there(front: S3Front, fold
     assert storage.read_bytes(uri) == b"old"
 
 
+def test_an_age_is_by_the_stores_own_clock(front: S3Front, folder: str) -> None:
+    storage.put_bytes(f"{folder}/object", b"content")
+    front.script.extend([SLOW_DOWN] * 2)
+    found = storage.read_aged(f"{folder}/object")
+    assert (found.content, found.one_clock) == (b"content", True)
+    assert found.version == storage.read_version(f"{folder}/object")[1]
+    assert found.age_s >= 0
+    deadline = time.monotonic() + 10  # the store's dates are whole seconds
+    while storage.read_aged(f"{folder}/object").age_s <= found.age_s:
+        assert time.monotonic() < deadline, "the object does not age"
+        time.sleep(0.2)
+
+
+def test_folders_are_listed_one_level_deep(front: S3Front, folder: str) -> None:
+    for name in ("b/x/1", "a/1", "c"):
+        storage.put_bytes(f"{folder}/{name}", b"data")
+    front.script.extend([SLOW_DOWN] * 2)
+    assert storage.list_folders(folder) == [f"{folder}/a", f"{folder}/b"]
+    assert storage.list_folders(f"{folder}/nowhere") == []
+
+
 def test_an_empty_object_reads_as_empty(folder: str) -> None:
     storage.put_bytes(f"{folder}/object", b"")
     assert storage.read_bytes(f"{folder}/object") == b""

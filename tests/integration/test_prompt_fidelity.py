@@ -20,7 +20,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.models import smollm2
-from pipeline.engine import EngineSpec, VLLMEngine
+from pipeline.engine import VLLMEngine
+from pipeline.engine_spec import EngineSpec
 from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
 from pipeline.plan import Shard

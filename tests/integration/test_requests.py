@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.engine import EngineSpec, VLLMEngine
+from pipeline.engine import VLLMEngine
+from pipeline.engine_spec import EngineSpec
 from pipeline.errors import ErrorCode
 from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
@@ -37,7 +38,11 @@ COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
 STEP_TOKENS = 512
 PROFILE = load_profile(
     "mini-maverick-tp1",
-    overrides={"structured_outputs_config": COMPACT, "max_num_batched_tokens": STEP_TOKENS},
+    overrides={
+        "structured_outputs_config": COMPACT,
+        "max_num_batched_tokens": STEP_TOKENS,
+        "enable_return_routed_experts": True,
+    },
 )
 PERSON = {
     "type": "object",
@@ -207,6 +212,29 @@ def test_samples_of_one_row_have_a_seed_each_that_makes_them_again(replica: Repl
     assert len({sample.text for sample in done}) == 4
     (again,) = run(replica, {**wild, "seed": 13})
     assert completions(again)[0].text == done[2].text
+
+
+def test_each_token_that_was_computed_is_counted_once_in_each_layer_of_experts(
+    replica: Replica,
+) -> None:
+    """Prompts longer than a step, with a prefix that the cache has for all but the first."""
+    prefix = "Say it again. " * (STEP_TOKENS // 7)
+    asked = {"temperature": 0, "max_completion_tokens": 5}
+    replica.expert_tokens.take()
+    samples = run(replica, asked, prompts=[prefix])
+    samples += run(replica, *[asked] * 20, prompts=[f"{prefix} {n}" for n in range(20)])
+    done = [sample for row in samples for sample in completions(row)]
+    cached = sum(sample.cached_tokens for sample in done)
+    assert cached > 15 * STEP_TOKENS
+    # what a last token would be followed by is never asked, so no layer sees it
+    computed = sum(s.prompt_tokens + s.completion_tokens - 1 for s in done) - cached
+    packed = replica.expert_tokens.take()
+    assert packed is not None
+    load = packed.unpacked()
+    assert (load.layout.layers, load.layout.experts) == ((1, 3), 8)
+    assert load.tokens == computed
+    assert load.counts.sum(axis=1).tolist() == [computed, computed]
+    assert (load.counts > 0).sum() > 2
 
 
 def test_a_prompt_that_is_read_in_several_steps_draws_the_same_tokens(replica: Replica) -> None:

@@ -70,6 +70,39 @@ def test_samples_that_share_a_prefix_are_neighbours_across_the_shards_of_a_wave(
     assert changes(pair[0] for pair in found if isinstance(pair, tuple)) == 15
 
 
+def test_shards_that_come_one_by_one_join_the_wave_that_runs() -> None:
+    shuffled = [(row % 16, row) for row in range(256)]
+    random.Random(1).shuffle(shuffled)
+    backlog: Backlog[object] = Backlog(open_shards=32)
+    found: list[object] = []
+    for first in range(0, 256, 16):
+        rows = shuffled[first : first + 16]
+        backlog.add([waiting((group, row), prompt(group, row)) for group, row in rows])
+        found += [backlog.pop()] if first < 128 else []
+    found += order(backlog)
+    assert len(set(found)) == 256
+    assert changes(pair[0] for pair in found if isinstance(pair, tuple)) < 20
+
+
+def test_a_wave_that_is_full_takes_no_more_shards() -> None:
+    backlog: Backlog[object] = Backlog(open_shards=4)
+    found: list[object] = []
+    for shard in range(4):
+        backlog.add([waiting((shard, row), prompt(row, shard)) for row in range(3)])
+        found += [] if found else [backlog.pop()]
+    found += [backlog.pop() for _ in range(5)]
+    assert {pair[0] for pair in found if isinstance(pair, tuple)} == {0, 1}
+
+
+def test_the_last_of_a_group_is_not_left_behind_when_a_shard_joins() -> None:
+    backlog: Backlog[object] = Backlog(open_shards=4)
+    backlog.add([waiting(f"{g}{row}", prompt(ord(g), row)) for g in "AB" for row in range(3)])
+    found = [backlog.pop() for _ in range(2)]
+    backlog.add([waiting(f"C{row}", prompt(ord("C"), row)) for row in range(3)])
+    found += order(backlog)
+    assert changes(str(name)[0] for name in found) == 2
+
+
 def test_a_wave_begins_with_the_prefix_that_the_last_one_ended_with() -> None:
     backlog: Backlog[object] = Backlog(open_shards=2)
     for _ in range(2):

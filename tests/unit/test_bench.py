@@ -34,6 +34,8 @@ from jobs.bench.workloads import (
     by_prefix,
     generate,
 )
+from pipeline.admission import EngineLoad
+from pipeline.cpu import Meter
 from pipeline.engine import EngineRequest
 from pipeline.messages import parse_chat
 from pipeline.profile import REPO_ROOT, EngineProfile, load_profile
@@ -269,21 +271,25 @@ def test_a_timed_engine_warms_up_before_the_clock(tmp_path: Path) -> None:
     path = tmp_path / "stamps.json"
     request = EngineRequest("r", [65, 66], (), Sampling(max_completion_tokens=50), seed=1)
 
-    async def run() -> tuple[list[str], bool]:
-        inner = _Watched(path)
-        timed = TimedEngine(inner, Stamps(path))
-        await asyncio.gather(timed.generate(request), timed.generate(request))
-        return inner.asked, inner.stamped_while_warming
+    inner = _Watched(path)
+    steps: list[EngineLoad] = []
 
-    asked, stamped = asyncio.run(run())
-    assert asked == [f"warm-up-{i}" for i in range(8)] + ["r", "r"]
-    assert not stamped
+    async def run() -> None:
+        timed = TimedEngine(inner, Stamps(path))
+        timed.listen(steps.append, Meter())
+        await asyncio.gather(timed.generate(request), timed.generate(request))
+
+    asyncio.run(run())
+    assert inner.asked == [f"warm-up-{i}" for i in range(8)] + ["r", "r"]
+    assert not inner.stamped_while_warming
+    assert steps
+    assert max(step.running for step in steps) <= 2, "a window would widen"
     assert read_seconds(path) >= 0
 
 
 class _Watched(EchoEngine):
     def __init__(self, path: Path) -> None:
-        super().__init__()
+        super().__init__(delay_s=0.02)
         self.asked: list[str] = []
         self.stamped_while_warming = False
         self._path = path

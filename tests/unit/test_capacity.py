@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.capacity import NodeCapacity, missing
+from pipeline.capacity import NodeCapacity, bundles, missing, waits_for
 from pipeline.profile import EngineProfile, load_profile
 
 ONE_NODE = load_profile("maverick-fp8-8xh100")
@@ -70,3 +70,19 @@ def test_sentence_says_how_many_replicas_the_cluster_holds() -> None:
     (sentence,) = missing(MINI, 5, [small("a"), small("b")])
     assert sentence.startswith("5 replicas")
     assert sentence.endswith("the cluster holds 2")
+
+
+def test_a_place_is_one_bundle_for_each_node() -> None:
+    share = {"CPU": 32, "GPU": 8, "memory": int(256 * 0.9 * 2**30), "accelerator_type:H100": 0.001}
+    assert bundles(TWO_NODES.needs) == [share, share]
+    assert bundles(MINI.needs) == [{"CPU": 2, "memory": int(5 * 0.9 * 2**30)}]
+
+
+def test_what_a_place_waits_for_is_said_with_what_is_free() -> None:
+    free = [h100("a"), h100("b", gpus=4)]
+    told = waits_for(TWO_NODES.needs, free)
+    assert told is not None
+    assert "2 nodes with 8 H100 GPUs" in told
+    assert "1 of 2 nodes have that free" in told
+    assert waits_for(ONE_NODE.needs, free) is None
+    assert waits_for(ONE_NODE.needs, []) == "the cluster has no live node"

@@ -1,5 +1,7 @@
 """Committing: whole parts under planned names, stats that a listing and footers can rebuild."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import (
+    Attempt,
     Destination,
+    PartStats,
     commit_outcomes,
     commit_part,
     committed_shards,
@@ -16,9 +20,11 @@ from pipeline.commit import (
     part_uri,
     read_part,
     read_stats,
+    read_stored_part,
     summarize,
 )
 from pipeline.errors import AccountingError, ErrorCode, StorageError
+from pipeline.pace import Pace
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status, part_table
 
@@ -42,7 +48,7 @@ def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
 
 
 def test_stats_count_rows_once_and_sum_over_records() -> None:
-    stats = summarize(0, OUTCOMES, 1.0, RUN)
+    stats = summarize(SHARD, OUTCOMES, 1.0, RUN)
     assert stats.rows == {"succeeded": 1, "errored": 2, "expired": 0}
     assert stats.records == 5
     assert stats.tokens == {"prompt": 25, "completion": 67, "cached": 2, "image": 14}
@@ -52,19 +58,51 @@ def test_stats_count_rows_once_and_sum_over_records() -> None:
 
 
 def test_a_completion_with_a_fault_errs_and_its_tokens_count() -> None:
-    stats = summarize(0, [CUT], 1.0, RUN)
+    stats = summarize(SHARD, [CUT], 1.0, RUN)
     assert stats.rows == {"succeeded": 0, "errored": 1, "expired": 0}
     assert (stats.errors, stats.tokens["completion"]) == ({"length": 1}, 3)
 
 
 def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
-    stats = summarize(0, OUTCOMES, 1.0, RUN)
+    attempt = Attempt("r", "p", "node", 1, 1.5, 2.5)
+    outcomes = [*OUTCOMES[:-1], replace(OUTCOMES[-1], finished_at=7.5)]
+    stats = summarize(SHARD, outcomes, 1.0, RUN, attempt=attempt)
     commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
     assert read_stats(f"file://{tmp_path}", [0]) == [stats]
     assert pq.read_schema(tmp_path / "data" / "part-000000.parquet").names == [
         *OUTPUT_SCHEMA.names,
         "l",
     ]
+
+
+def test_stats_tell_latencies_prompts_examples_and_what_was_made() -> None:
+    faulty = [
+        Failure(row, f"id-{row}", ErrorCode.TIMEOUT, "m" * 9_000, 1, finished_at=9.5)
+        for row in (9, 8, 7, 6)
+    ]
+    shard = replace(SHARD, rows=10)
+    stats = summarize(shard, [*OUTCOMES, *faulty], 1.0, RUN, known=[(0, 0), (2, 0)])
+    assert stats.latencies == {"-26": 3}
+    assert stats.prompt_lengths == {"4": 1, "3": 1}
+    assert [example.input_row for example in stats.examples["timeout"]] == [6, 7]
+    assert stats.examples["timeout"][0].input_file == FILE.uri
+    assert len(stats.examples["timeout"][0].message) <= 400
+    assert (stats.taken_over, stats.made_tokens) == (2, 64)
+    assert stats.pace == Pace(1, 9, (0,), (4,), (0,))
+
+
+def test_examples_hold_no_secret() -> None:
+    leaky = Failure(0, "hf_0123456789abcdefgh", ErrorCode.TIMEOUT, "https://u:pw@h/x?sig=abc", 1)
+    (example,) = summarize(SHARD, [leaky], 1.0, RUN).examples["timeout"]
+    assert (example.custom_id, example.message) == ("***", "https://***@h/x?***")
+
+
+def test_stats_of_an_earlier_version_are_read_without_what_they_lack() -> None:
+    stored = json.loads(summarize(SHARD, OUTCOMES, 1.0, RUN).to_json())
+    for name in ("latencies", "prompt_lengths", "examples", "pace", "attempt", "committed_at"):
+        del stored[name]
+    stats = PartStats.from_json(json.dumps(stored))
+    assert (stats.rows["errored"], stats.attempt, stats.pace) == (2, None, Pace())
 
 
 def texts(folder: Path) -> list[str | None]:
@@ -75,15 +113,15 @@ def texts(folder: Path) -> list[str | None]:
 def test_a_row_is_errored_if_a_sample_is_and_else_expired_if_one_is() -> None:
     late = Failure(0, "a", ErrorCode.BATCH_EXPIRED, "m", 1, 2, status=Status.EXPIRED)
     also = Failure(1, "b", ErrorCode.BATCH_EXPIRED, "m", 1, 2, status=Status.EXPIRED)
-    stats = summarize(0, [*OUTCOMES, late, also], 1.0, RUN)
+    stats = summarize(SHARD, [*OUTCOMES, late, also], 1.0, RUN)
     assert stats.rows == {"succeeded": 0, "errored": 2, "expired": 1}
 
 
 def test_of_two_attempts_at_a_shard_the_first_counts(tmp_path: Path) -> None:
-    first = summarize(0, OUTCOMES, 1.0, RUN)
+    first = summarize(SHARD, OUTCOMES, 1.0, RUN)
     commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, first)
     late = [replace(o, text="late") if isinstance(o, Completion) else o for o in OUTCOMES]
-    stats = summarize(0, late, 99.0, RUN)
+    stats = summarize(SHARD, late, 99.0, RUN)
     assert commit_part(f"file://{tmp_path}", table(SHARD, late), SHARD, stats) == first
     assert "late" not in texts(tmp_path)
     assert committed_shards(f"file://{tmp_path}", PLAN) == {0}
@@ -91,9 +129,9 @@ def test_of_two_attempts_at_a_shard_the_first_counts(tmp_path: Path) -> None:
 
 def test_a_part_of_another_run_gives_way(tmp_path: Path) -> None:
     uri = f"file://{tmp_path}"
-    commit_part(uri, table(SHARD, OUTCOMES), SHARD, summarize(0, OUTCOMES, 1.0, "run-0"))
+    commit_part(uri, table(SHARD, OUTCOMES), SHARD, summarize(SHARD, OUTCOMES, 1.0, "run-0"))
     ours = [replace(o, text="ours") if isinstance(o, Completion) else o for o in OUTCOMES]
-    stats = summarize(0, ours, 1.0, RUN)
+    stats = summarize(SHARD, ours, 1.0, RUN)
     assert commit_part(uri, table(SHARD, ours), SHARD, stats) == stats
     assert "ours" in texts(tmp_path)
 
@@ -111,7 +149,7 @@ def test_a_part_without_exactly_its_rows_is_never_written(tmp_path: Path, rows: 
     shard = replace(SHARD, rows=rows)
     part = table(SHARD, OUTCOMES)
     with pytest.raises(AccountingError, match="nothing was written"):
-        commit_part(f"file://{tmp_path}", part, shard, summarize(0, OUTCOMES, 1.0, RUN))
+        commit_part(f"file://{tmp_path}", part, shard, summarize(SHARD, OUTCOMES, 1.0, RUN))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,3 +204,18 @@ def test_a_part_with_stats_of_another_form_is_named_with_the_remedy(tmp_path: Pa
     pq.write_table(part, tmp_path / "data" / "part-000000.parquet")
     with pytest.raises(StorageError, match=r"damaged .*delete it and run the command again"):
         read_stats(f"file://{tmp_path}", [0])
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_the_footer_has_the_checksum_of_all_that_stands_before_it(
+    tmp_path: Path, rows: int
+) -> None:
+    to = Destination(f"file://{tmp_path}", RUN, "m")
+    outcomes = OUTCOMES if rows else []
+    commit_outcomes(to, replace(SHARD, rows=rows), outcomes, CARRIED.slice(0, rows))
+    content = (tmp_path / "data" / "part-000000.parquet").read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little")
+    found = read_stored_part(f"file://{tmp_path}", 0)
+    assert found.checksum == hashlib.sha256(content[: -8 - footer]).hexdigest()
+    assert found.found_checksum == found.checksum
+    assert found.table.num_rows == len(outcomes)

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from pipeline.config import JobConfig, load_config
+from jobs.evaluate.config import EvaluateConfig
+from pipeline.config import JobConfig, load_config, load_config_as
 from pipeline.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
@@ -14,7 +16,8 @@ MINIMAL: dict[str, Any] = {
     "output": {"uri": "out/"},
     "engine": {"profile": "mini-maverick"},
 }
-SHIPPED = sorted(Path("jobs/configs").glob("*.yaml"))
+TASKS = sorted(Path("jobs/configs").glob("annotate-*.yaml"))
+SHIPPED = sorted(set(Path("jobs/configs").glob("*.yaml")) - set(TASKS))
 
 
 def write(tmp_path: Path, document: object) -> Path:
@@ -25,7 +28,8 @@ def write(tmp_path: Path, document: object) -> Path:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_config_parses(path: Path) -> None:
-    assert isinstance(load_config(path), JobConfig)
+    kind: type[BaseModel] = EvaluateConfig if path.name.startswith("evaluate") else JobConfig
+    assert isinstance(load_config_as(kind, path), kind)
 
 
 def test_a_minimal_config_gets_defaults(tmp_path: Path) -> None:
@@ -60,6 +64,16 @@ def test_an_unknown_key_names_the_key_and_the_nearest_valid_one(
     ("change", "message"),
     [
         ({"engine": {"profile": "x", "replicas": 0}}, "engine.replicas' = 0"),
+        ({"engine": {"profile": "x", "replicas": "auto"}}, "replicas' = 'auto': must be a number"),
+        ({"engine": {"profile": "x", "replicas": True}}, "or a range such as {min: 1, max: 8}"),
+        (
+            {"engine": {"profile": "x", "replicas": {"min": 3, "max": 2}}},
+            "max = 2 is below min = 3",
+        ),
+        (
+            {"engine": {"profile": "x", "replicas": {"min": 1, "max": 2, "most": 2}}},
+            "replicas.most",
+        ),
         ({"seed": -1}, "'seed' = -1"),
         ({"sampling": {"temperature": "hot"}}, "sampling.temperature' = 'hot'"),
         ({"input": {}}, "'input.uri' is missing"),
@@ -113,3 +127,10 @@ def test_what_is_not_a_yaml_mapping_is_refused_by_file_name(tmp_path: Path, text
 def test_a_missing_config_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
         load_config("nowhere.yaml")
+
+
+def test_replicas_are_a_number_or_a_range(tmp_path: Path) -> None:
+    fixed = load_config(write(tmp_path, MINIMAL), ["engine.replicas=3"]).engine
+    assert (fixed.fewest_replicas, fixed.most_replicas) == (3, 3)
+    ranged = load_config(write(tmp_path, MINIMAL), ["engine.replicas={min: 2, max: 8}"]).engine
+    assert (ranged.fewest_replicas, ranged.most_replicas) == (2, 8)

@@ -1,13 +1,16 @@
 """The lease on local files; tests/integration/test_object_store.py runs the same cases on S3."""
 
 import logging
+import os
+import threading
+import time
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from pipeline import storage
-from pipeline.lease import LeaseRecord
+from pipeline.lease import LeaseRecord, observe
 from tests.lease_cases import LeaseCases
 
 
@@ -34,3 +37,45 @@ class TestLeaseOnLocalFiles(LeaseCases):
         told = [record.message for record in caplog.records if "watching" in record.message]
         assert len(told) == 1
         assert "waiting" in told[0]
+
+    @pytest.mark.parametrize("off_by_s", [-300.0, 300.0])
+    def test_by_two_clocks_a_renewal_decides_not_an_age(
+        self, run_uri: str, off_by_s: float
+    ) -> None:
+        """The disk's clock is ahead, or behind, by minutes: each renewal is dated so."""
+        path = Path(run_uri.removeprefix("file://")) / "_lease.json"
+        record = LeaseRecord.new()
+
+        def renew(record: LeaseRecord) -> None:
+            storage.put_bytes(str(path), record.to_bytes())
+            os.utime(path, (time.time() + off_by_s,) * 2)
+
+        renew(record)
+        assert not self.seen(run_uri).lives
+        stop = threading.Event()
+
+        def renew_on() -> None:
+            mine = record
+            while not stop.wait(self.renewal_s / 2):
+                mine = mine.renewed()
+                renew(mine)
+
+        thread = threading.Thread(target=renew_on)
+        thread.start()
+        try:
+            view = observe(run_uri, ttl_s=self.ttl_s, renewal_s=5.0)
+            assert view is not None
+            assert view.lives
+        finally:
+            stop.set()
+            thread.join()
+
+    def test_no_clocks_are_so_far_apart_that_an_hour_is_not_enough(self, run_uri: str) -> None:
+        path = Path(run_uri.removeprefix("file://")) / "_lease.json"
+        storage.put_bytes(str(path), LeaseRecord.new().to_bytes())
+        os.utime(path, (time.time() - 3600,) * 2)
+        began = time.monotonic()
+        view = observe(run_uri, renewal_s=1000.0)
+        assert view is not None
+        assert not view.lives
+        assert time.monotonic() - began < 500  # not watched: that would take 1,500 s

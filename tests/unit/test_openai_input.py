@@ -55,6 +55,10 @@ def test_images_of_messages_are_kept() -> None:
     assert request.chat.images == ("images/a.png",)
 
 
+def test_a_prompt_may_be_token_ids() -> None:
+    assert read(completion(prompt=[5, 0, 7])).chat == RawPrompt("", token_ids=(5, 0, 7))
+
+
 def test_logprobs_of_completions_become_those_of_chats() -> None:
     assert read(completion(logprobs=0)).parameters == {"logprobs": True, "top_logprobs": 0}
     assert read(completion(logprobs=4)).parameters == {"logprobs": True, "top_logprobs": 4}
@@ -115,7 +119,11 @@ def test_the_runs_model_has_several_names_or_none(model: str | None) -> None:
             "missing_required_parameter",
             "body.prompt is missing",
         ),
-        (completion(prompt=["a", "b"]), "invalid_messages", "one string, not list"),
+        (completion(prompt=["a", "b"]), "invalid_messages", "of token ids, not a list with str"),
+        (completion(prompt=[1, True]), "invalid_messages", "of token ids, not a list with bool"),
+        (completion(prompt=[[1]]), "invalid_messages", "of token ids, not a list with list"),
+        (completion(prompt=[]), "invalid_messages", "the prompt is empty"),
+        (completion(prompt=7), "invalid_messages", "one string, not int"),
         (completion(prompt=""), "invalid_messages", "the prompt is empty"),
         (completion(prompt="\ud800"), "invalid_messages", "lone surrogate"),
         (completion(logprobs=True), "invalid_parameter", "logprobs = True: must be a whole number"),

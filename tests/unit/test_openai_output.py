@@ -15,7 +15,7 @@ from pipeline.commit import Destination, commit_outcomes, part_uri
 from pipeline.errors import ErrorCode, LeaseLostError, StorageError
 from pipeline.openai_output import write_openai_output
 from pipeline.plan import Shard
-from pipeline.records import Completion, Failure, Outcome, Status
+from pipeline.records import Completion, Failure, Outcome, PromptLogprob, Status
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = [
@@ -154,6 +154,20 @@ def test_a_chats_logprobs_have_tokens_bytes_and_the_likeliest_others(tmp_path: P
         ("é", -0.5),
         ("b", -9999.0),
     ]
+
+
+def test_log_probabilities_of_the_prompt_have_vllms_shape(tmp_path: Path) -> None:
+    places = (None, PromptLogprob(7, -0.5, 1), PromptLogprob(8, float("-inf"), 99))
+    commit(tmp_path, 0, [replace(done(0), prompt_logprobs=places), done(1)], url=COMPLETIONS)
+    output, _ = write(tmp_path)
+    with_them, without = (line["response"]["body"]["choices"][0] for line in output)
+    assert with_them["prompt_logprobs"] == [
+        None,
+        {"7": {"logprob": -0.5, "rank": 1}},
+        {"8": {"logprob": -9999.0, "rank": 99}},
+    ]
+    assert "prompt_logprobs" not in without
+    TextCompletion.model_validate(output[0]["response"]["body"])
 
 
 def test_tool_calls_are_the_message_and_the_reason_to_finish(tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """Plans: every row in exactly one shard, whatever the files; the same input gives the same plan."""
 
 import json
+import math
 import random
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import InputFile, Plan, fingerprint, make_plan
+from pipeline.plan import OPEN_SHARDS, InputFile, Plan, fingerprint, make_plan
 
 
 def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
@@ -67,10 +68,11 @@ def test_shards_shrink_towards_the_end() -> None:
 
 
 @settings(deadline=None)
-@given(rows=st.integers(1, 50_000), replicas=st.integers(1, 600), cap=st.integers(1, 1000))
-def test_a_shard_is_a_quarter_of_a_replicas_share_of_the_rest_but_no_crumb(
+@given(rows=st.integers(1, 50_000), replicas=st.integers(1, 600), cap=st.integers(32, 1000))
+def test_beyond_what_is_taken_at_once_a_shard_is_a_quarter_of_a_replicas_share_of_the_rest(
     rows: int, replicas: int, cap: int
 ) -> None:
+    assume(rows > replicas * OPEN_SHARDS * cap)
     plan = make_plan([file("a", rows)], shard_rows=cap, shard_bytes=2**40, replicas=replicas)
     left = rows
     for shard in plan.shards:
@@ -79,10 +81,32 @@ def test_a_shard_is_a_quarter_of_a_replicas_share_of_the_rest_but_no_crumb(
     assert left == 0
 
 
+@settings(deadline=None)
+@given(rows=st.integers(1, 50_000), replicas=st.integers(1, 600), cap=st.integers(32, 1000))
+def test_what_all_replicas_take_at_once_is_cut_evenly_so_that_none_takes_more(
+    rows: int, replicas: int, cap: int
+) -> None:
+    assume(rows <= replicas * OPEN_SHARDS * cap)
+    plan = make_plan([file("a", rows)], shard_rows=cap, shard_bytes=2**40, replicas=replicas)
+    found = [shard.rows for shard in plan.shards]
+    assert sum(found) == rows
+    assert len(found) == math.ceil(rows / max(32, math.ceil(rows / (replicas * OPEN_SHARDS))))
+    assert max(found) - min(found) <= 1
+    assert len(found) == 1 or min(found) >= 16  # crumbs cost a PUT and a footer each
+
+
+def test_files_are_cut_evenly_each_by_itself() -> None:
+    files = [file("a", 1000), file("b", 10), file("c", 1000)]
+    plan = make_plan(files, shard_rows=512, shard_bytes=2**30, replicas=1)
+    cut = [[shard.rows for shard in plan.shards if shard.uri == file.uri] for file in files]
+    assert cut == [[125] * 8, [10], [125] * 8]
+
+
 def test_more_replicas_get_more_shards_from_the_same_input() -> None:
     counts = [len(sizes(100_000, replicas)) for replicas in (1, 8, 64)]
     assert counts == sorted(set(counts))
-    assert max(sizes(100_000, 64)) == 100_000 // (4 * 64)
+    assert max(sizes(200_000, 8)) == 512
+    assert max(sizes(100_000, 64)) == math.ceil(100_000 / (16 * 64))
 
 
 def test_ten_million_rows_are_planned_in_a_blink_and_saved_compactly() -> None:

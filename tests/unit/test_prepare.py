@@ -23,6 +23,7 @@ from pipeline.read import InputColumns, open_input, read_shard
 from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
 from pipeline.sampling import SamplingDefaults
 from pipeline.seeds import derive_seed
+from pipeline.template import Renderer, RequestTemplate
 from pipeline.tools import Choice, ToolUse
 from tests.chats import TEXTS
 
@@ -270,6 +271,36 @@ def test_a_chat_line_becomes_what_the_same_messages_in_parquet_become(tmp_path: 
         [{"custom_id": "a", "messages": messages, "sampling": {"max_tokens": 9, "n": 2}}],
     )
     assert replace(good(line), input_row=100) == good(row)
+
+
+def test_a_prompt_of_token_ids_is_taken_as_it_is_beside_prompts_of_text(tmp_path: Path) -> None:
+    url = "/v1/completions"
+    image_token = load_prompt_format(MODEL).images
+    assert image_token is not None
+    items = prepare_lines(
+        tmp_path,
+        batch_line("a", url, prompt="Hi"),
+        batch_line("b", url, prompt=[72, 105], prompt_logprobs=True),
+        batch_line("c", url, prompt="Ho"),
+        batch_line("d", url, prompt=[272]),
+        batch_line("e", url, prompt=[-1]),
+        batch_line("f", url, prompt=[image_token.placeholder_id]),
+        batch_line("g", url, prompt=[72] * 512),
+    )
+    assert [good(item).token_ids for item in items[:3]] == [
+        [256, 72, 105],
+        [72, 105],
+        [256, 72, 111],
+    ]
+    assert [good(item).sampling.prompt_logprobs for item in items[:3]] == [False, True, False]
+    failures = [item for item in items[3:] if isinstance(item, Failure)]
+    assert [(failure.code, failure.custom_id) for failure in failures] == [
+        ("invalid_messages", "d"),
+        ("invalid_messages", "e"),
+        ("invalid_messages", "f"),
+        ("context_length_exceeded", "g"),
+    ]
+    assert failures[0].message == "prompt: token id 272 is not within the vocabulary's 272"
 
 
 def test_a_completions_line_is_tokenized_as_it_is_with_one_bos(tmp_path: Path) -> None:
@@ -535,3 +566,55 @@ def test_a_chat_template_that_reaches_beyond_its_messages_is_the_rows_error(
     assert isinstance(item, Failure)
     assert "the chat template refuses the messages" in item.message
     assert "unsafe" in item.message or "not safe" in item.message
+
+
+def test_rows_of_any_columns_become_requests_by_a_template(tmp_path: Path) -> None:
+    template = RequestTemplate(
+        system="Answer briefly.", prompt="Read {{ what }}.", images=["scan"], requires_id=True
+    )
+    columns = {"custom_id": "key", **{f"row.{name}": name for name in template.columns}}
+    spec = PrepareSpec(
+        model=MODEL,
+        columns=InputColumns(columns, pa.schema([])),
+        sampling=SamplingDefaults(temperature=0.5),
+        run_seed=7,
+        max_image_pixels=10**6,
+        fetcher=ImageFetcher(f"file://{tmp_path}", 10**6, 4),
+        renderer=Renderer(template),
+    )
+    rows = [
+        {"key": 1, "what": "it", "scan": png(56, 56), "sampling": "not ours"},
+        {"key": None, "what": "it", "scan": png(56, 56)},
+        {"key": 3, "what": None, "scan": png(56, 56)},
+        {"key": 4, "what": "it", "scan": None},
+    ]
+    shard = Shard(0, f"file://{tmp_path}/rows.parquet", 0, len(rows))
+    block = prepare_block(input_block(shard, pa.Table.from_pylist(rows)), spec=spec)
+    first, keyless, null, blind = read_prepared(block)
+    (asked,) = prepare(
+        tmp_path,
+        [
+            {
+                "custom_id": "1",
+                "messages": json.dumps(
+                    [
+                        {"role": "system", "content": "Answer briefly."},
+                        {
+                            "role": "user",
+                            "content": [{"type": "image"}, {"type": "text", "text": "Read it."}],
+                        },
+                    ]
+                ),
+                "images": [png(56, 56)],
+            }
+        ],
+    )
+    assert replace(good(first), input_row=100) == asked
+    for item, name, words in (
+        (keyless, "rows.parquet:1", "key column is null"),
+        (null, "3", "null"),
+        (blind, "4", "'scan' is null"),
+    ):
+        assert isinstance(item, Failure)
+        assert (item.custom_id, item.code) == (name, "template_error")
+        assert words in item.message

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.capacity import NodeCapacity, missing
 from pipeline.errors import ConfigError
 from pipeline.profile import (
     REPO_ROOT,
@@ -25,7 +26,10 @@ EXPECTED = {
     "smollm2",
     "maverick-fp8-8xh100",
     "maverick-fp8-8xh200",
+    "maverick-fp8-8xh200-1m",
     "maverick-fp8-2x8xh100",
+    "maverick-fp8-2x8xh100-pp2",
+    "maverick-w4a16-2xh200",
 }
 HEADS, KV_HEADS, EXPERTS = 40, 8, 128  # Llama 4 Maverick's text model
 
@@ -55,12 +59,68 @@ def test_the_names_read_from_vllms_source_hold_both_classes() -> None:
     assert len(known) > 100
 
 
-@pytest.mark.parametrize("name", [name for name in profile_names() if "fp8" in name])
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("maverick")])
 def test_maverick_profiles_divide_its_heads_and_experts(name: str) -> None:
     profile = load_profile(name)
     assert HEADS % profile.tensor_parallel_size == 0
     assert KV_HEADS % profile.tensor_parallel_size == 0
+    assert profile.experts == EXPERTS
     assert EXPERTS % profile.expert_parallel_size == 0
+
+
+def test_experts_over_two_nodes_are_balanced_with_a_copy_for_each_gpu() -> None:
+    arguments = load_profile("maverick-fp8-2x8xh100").engine_args
+    assert arguments["enable_eplb"] is True
+    assert arguments["eplb_config"]["num_redundant_experts"] == 16
+
+
+def test_pipeline_stages_keep_their_experts_on_their_own_node() -> None:
+    profile = load_profile("maverick-fp8-2x8xh100-pp2")
+    assert (profile.pipeline_parallel_size, profile.ranks) == (2, 16)
+    assert profile.expert_parallel_size == 8
+
+
+def test_four_replicas_of_two_gpus_fill_a_node() -> None:
+    profile = load_profile("maverick-w4a16-2xh200")
+    assert profile.expert_parallel_size == profile.needs.gpus == 2
+    node = NodeCapacity("a", cpus=208, gpus=8, memory_gib=1800, accelerator="H200")
+    assert missing(profile, 4, [node]) == []
+    assert missing(profile, 5, [node]) != []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "maverick-fp8-2x8xh100",
+            {"eplb_config": {"num_redundant_experts": 20}},
+            "num_redundant_experts = 20: 128 experts and 20 copies .* over 16 ranks; take 16",
+        ),
+        (
+            "maverick-fp8-2x8xh100",
+            {"eplb_config": {"num_redundant_experts": 5}},
+            "num_redundant_experts = 5: .*; take 0",
+        ),
+        (
+            "maverick-fp8-2x8xh100",
+            {"eplb_config": {"num_redundant_experts": "many"}},
+            "num_redundant_experts = 'many': must be a whole number from 0",
+        ),
+        ("maverick-fp8-2x8xh100", {"eplb_config": "on"}, "eplb_config = 'on': must be a mapping"),
+        (
+            "maverick-w4a16-2xh200",
+            {"enable_eplb": True, "enable_expert_parallel": False},
+            "enable_eplb: .*set enable_expert_parallel",
+        ),
+        ("maverick-fp8-8xh100", {"block_size": 48}, "block_size = 48: must divide .* 8192 tokens"),
+        ("maverick-fp8-8xh100", {"block_size": "16"}, "block_size = '16': must divide"),
+    ],
+)
+def test_what_vllm_would_find_with_the_weights_loaded_is_refused_before(
+    name: str, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_profile(name, overrides=arguments)
 
 
 def test_profile_over_two_nodes_is_one_engine_with_experts_over_all_gpus() -> None:
@@ -208,3 +268,41 @@ def test_a_folder_whose_only_weights_are_pickled_is_refused(tmp_path: Path, name
         locate_model(str(tmp_path))
     (tmp_path / "model.safetensors").touch()
     assert locate_model(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_as_many_sequences_as_a_shipped_profile_runs_fit_its_kv_cache(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.kv_cache is not None
+    fitting = profile.sequences(profile.kv_cache.sequence_tokens)
+    assert fitting is not None
+    assert fitting >= profile.engine_args["max_num_seqs"]
+    if profile.needs.gpus:  # what is left over would be wasted
+        assert fitting < 1.25 * profile.engine_args["max_num_seqs"]
+
+
+def test_what_the_long_context_leaves_for_concurrency() -> None:
+    profile = load_profile("maverick-fp8-8xh200-1m")
+    assert profile.engine_args["max_model_len"] == 2**20
+    assert profile.engine_args["override_generation_config"] == {"attn_temperature_tuning": True}
+    assert profile.sequences(2**20) == 22
+    assert profile.sequences(2**17) == 153
+
+
+def test_a_length_that_not_one_sequence_can_have_is_refused_before_the_weights_are_loaded() -> None:
+    arguments = {"max_model_len": 2**20, "kv_cache_dtype": "auto", "max_num_batched_tokens": 2**17}
+    assert load_profile("maverick-fp8-8xh100", overrides={"max_model_len": 2**20})
+    with pytest.raises(
+        ConfigError, match=r"max_model_len = 1048576: one such.* 91\.4 GB .* 63\.0 GB"
+    ):
+        load_profile("maverick-fp8-8xh100", overrides={**arguments, "gpu_memory_utilization": 0.8})
+
+
+@pytest.mark.parametrize("share", [None, "much", True, 0, 1.2])
+def test_a_share_of_the_gpus_that_is_none_is_refused_with_its_name(share: object) -> None:
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization = .*above 0 and at most 1"):
+        load_profile("maverick-fp8-8xh100", overrides={"gpu_memory_utilization": share})
+
+
+def test_a_profile_that_does_not_tell_of_its_kv_cache_is_not_checked(tmp_path: Path) -> None:
+    assert load_profile(str(write_profile(tmp_path))).sequences(1) is None

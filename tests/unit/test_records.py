@@ -13,6 +13,7 @@ from pipeline.records import (
     Failure,
     Outcome,
     Prepared,
+    PromptLogprob,
     Status,
     TokenLogprob,
     ToolCall,
@@ -96,13 +97,20 @@ def test_records_survive_the_trip_through_arrow_with_all_they_can_hold() -> None
             completion(10),
             logprobs=(TokenLogprob("a", 1, -0.1, tops), TokenLogprob("", 3, -9.0, ())),
             tool_calls=(ToolCall("call-1", "f", '{"x": 1}'),),
+            prompt_logprobs=(None, PromptLogprob(5, -0.25, 1), PromptLogprob(6, -7.5, 340)),
             sampling='{"n": 1}',
         ),
+        replace(completion(10, 2), finished_at=1_795_608_000.123),
         replace(completion(10, 1), logprobs=(), code=ErrorCode.SCHEMA_VIOLATION, message="m"),
-        replace(FAILURE, sampling="{}"),
+        replace(FAILURE, sampling="{}", finished_at=1_795_608_000.0),
         Failure(12, "c", ErrorCode.BATCH_EXPIRED, "m", seed=1, status=Status.EXPIRED),
     ]
     assert read_records(record_table(SHARD, outcomes, model="m")) == outcomes
+
+
+def test_records_of_an_earlier_version_are_read_without_their_time() -> None:
+    table = record_table(SHARD, [replace(completion(10), finished_at=7.0)], model="m")
+    assert read_records(table.drop_columns(["finished_at"])) == [completion(10)]
 
 
 def test_a_completion_that_is_not_what_was_asked_for_is_errored_and_keeps_its_text() -> None:
@@ -130,3 +138,9 @@ def test_a_clash_with_an_output_column_gets_a_prefix(
     names: list[str], expected: dict[str, str]
 ) -> None:
     assert carried_names(names) == expected
+
+
+def test_records_of_a_run_that_began_before_the_digests_are_read_without_them() -> None:
+    table = record_table(SHARD, [completion(10)], model="m")
+    earlier = table.drop_columns(["prompt_digest", "completion_digest"])
+    assert read_records(earlier) == [completion(10)]

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from jobs.bench.null_engine import start_null_engine
 from pipeline.admission import AdmissionWindow
+from pipeline.digests import digest_tokens
 from pipeline.engine import EngineOutput, EngineRequest
+from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
 from pipeline.records import Completion, Failure, Outcome, Prepared, Status
 from pipeline.replica import Replica, ReplicaLimits
@@ -263,6 +266,18 @@ def test_a_drain_keeps_what_finishes_in_time_and_leaves_the_rest() -> None:
     replica.shutdown()
 
 
+def test_a_later_drain_counts_if_its_time_is_up_sooner() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.1, slow_token=66))
+    replica = Replica(engines, ReplicaLimits(flush_s=5), AdmissionWindow(2, 2))
+    for after_s, grace_s in ((0.2, 60.0), (0.4, 0.5), (0.6, 60.0)):
+        threading.Timer(after_s, replica.drain, args=(grace_s,)).start()
+    started = time.monotonic()
+    outcomes = [o for batch in replica.generate(0, [row(0), row(1, token=66)]) for o in batch]
+    assert time.monotonic() - started < 10
+    assert [o.input_row for o in outcomes] == [0]
+    replica.shutdown()
+
+
 def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.02, die_token=KILLER))
 
@@ -371,3 +386,24 @@ def test_a_named_tools_arguments_are_a_call_only_if_they_fit() -> None:
     assert [(call.name, call.arguments) for call in done.tool_calls] == [("f", '{"a": 1}')]
     (wrong,) = said('{"a": "x"}', asked)
     assert (wrong.code, wrong.text, wrong.tool_calls) == ("schema_violation", '{"a": "x"}', ())
+
+
+def test_the_engines_own_counts_are_those_of_the_outcomes_and_are_taken_once() -> None:
+    replica = Replica(lambda: start_null_engine(EngineSpec("m", None, {}, {})), DEFAULTS)
+    try:
+        batches = list(replica.generate(0, [row(number) for number in range(40)]))
+    finally:
+        replica.shutdown()
+    outcomes = [outcome for batch in batches for outcome in batch]
+    assert replica.engine_tokens.take() == {
+        "prompt": sum(outcome.prompt_tokens for outcome in outcomes),
+        "completion": sum(o.completion_tokens for o in outcomes if isinstance(o, Completion)),
+    }
+    assert replica.engine_tokens.take() == {}
+
+
+def test_a_completion_carries_the_digests_of_what_went_in_and_came_out() -> None:
+    (outcome,) = generate([replace(row(1), digest="d")], EchoEngine, window=4)
+    assert isinstance(outcome, Completion)
+    assert outcome.prompt_digest == "d"
+    assert outcome.completion_digest == digest_tokens(list(outcome.text.encode()))

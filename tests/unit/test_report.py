@@ -9,6 +9,9 @@ import pytest
 from pipeline.commit import PartStats
 from pipeline.errors import AccountingError, ExitCode
 from pipeline.report import Result, RunStatus, judge, total, write_report
+from tests.report_cases import MANIFEST as CASE_MANIFEST
+from tests.report_cases import SEVERAL_STARTS
+from tests.report_cases import result as case
 
 PARTS = [
     PartStats(
@@ -37,6 +40,11 @@ MANIFEST = {
     "model": {"name": "m", "revision": "sha256:0"},
     "input": {"uri": "s3://b/in", "files": 1, "rows": 10, "fingerprint": "sha256:1"},
     "versions": {"ray": "1", "vllm": "2"},
+}
+MONEY = {
+    "currency": "EUR",
+    "cluster": None,
+    "hosted": [{"name": "an API", "cost": 0.5, "as_of": "2026-11-25"}],
 }
 
 
@@ -107,3 +115,33 @@ def test_the_reports_hold_the_totals_and_escape_what_users_wrote(tmp_path: Path)
     assert "image_invalid" in page
     assert "http://" not in page
     assert "https://" not in page
+    assert "<script" not in page
+
+
+def test_report_json_tells_the_course_of_the_run(tmp_path: Path) -> None:
+    write_report(replace(case(SEVERAL_STARTS), run=f"file://{tmp_path}"), CASE_MANIFEST, MONEY)
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = sum(sum(stretch["rows"]) for stretch in report["throughput"]["stretches"])
+    assert rows == report["throughput"]["rows"] == report["rows"]["total"] == 96 * 512
+    assert report["throughput"]["rows_without_time"] == 0
+    assert [start["rows"] for start in report["time"]["starts"]] == [10_240, 25_600, 13_312]
+    assert sum(replica["rows"] for replica in report["replicas"]) == rows
+    assert report["latency_s"]["p50"] <= report["latency_s"]["p99"] <= report["latency_s"]["max"]
+    assert report["latency_s"]["completions"] == report["rows"]["succeeded"]
+    (detail,) = report["error_details"]
+    assert (detail["code"], detail["records"], detail["share"]) == ("image_invalid", 192, 0.003906)
+    assert [example["input_row"] for example in detail["examples"]] == [0, 512, 1_024]
+    assert detail["remedy"].startswith("Convert the image")
+    assert report["made_with"]["sampling"] == {"temperature": 0.7, "max_completion_tokens": 256}
+    assert report["money"] == MONEY
+    page = (tmp_path / "report.html").read_text()
+    assert "0.50 EUR" in page
+    assert "Cost of the GPUs" not in page
+
+
+def test_parts_of_an_earlier_version_make_a_report_without_a_course(tmp_path: Path) -> None:
+    write_report(result(f"file://{tmp_path}"), MANIFEST)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["throughput"]["rows_without_time"] == 10
+    assert (report["throughput"]["stretches"], report["replicas"]) == ([], [])
+    assert "No row has finished at a known time" in (tmp_path / "report.html").read_text()

@@ -1,7 +1,7 @@
 """The roster: tallies that never count twice, orders that reach everyone, replicas that went."""
 
 from pipeline.progress import Tally
-from pipeline.roster import DRIVER_SILENCE_S, Order, Phase, Pulse, Roster
+from pipeline.roster import DRIVER_SILENCE_S, Order, Phase, Pulse, Roster, Silent
 
 
 class Clock:
@@ -19,9 +19,8 @@ def pulse(
     shards: dict[int, Tally] | None = None,
     restarts: int = 0,
     error: str | None = None,
-    handle: object = None,
 ) -> Pulse:
-    return Pulse(replica, process, phase, shards or {}, restarts, error, handle)
+    return Pulse(replica, process, phase, shards or {}, restarts, error)
 
 
 def test_a_shard_that_is_done_again_counts_once() -> None:
@@ -86,16 +85,12 @@ def test_only_replicas_that_are_heard_of_are_running() -> None:
     assert roster.look().running == 0
 
 
-def test_the_longest_silent_replica_comes_first_with_its_handle() -> None:
+def test_the_longest_silent_replica_comes_first() -> None:
     clock = Clock()
     roster = Roster(clock)
-    roster.beat(pulse(handle="A"))
+    roster.beat(pulse())
     clock.now += 7
-    roster.beat(pulse(replica="b", process="b1", handle="B"))
+    roster.beat(pulse(replica="b", process="b1"))
     clock.now += 1
     roster.beat(pulse(replica="b", process="b1"))
-    silent = roster.look().silent
-    assert [(item.replica, item.seconds, item.handle) for item in silent] == [
-        ("a", 8.0, "A"),
-        ("b", 0.0, "B"),
-    ]
+    assert roster.look().silent == (Silent("a", 8.0), Silent("b", 0.0))

@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 def test_what_a_lost_replica_had_not_journaled_is_made_again() -> None:
     workload = log_normal(1_500, 1)
-    spec = ClusterSpec(2, ENGINE, churn=Churn(every_s=5000.0, boot_s=30.0))
+    spec = ClusterSpec(2, ENGINE, churn=Churn(every_s=1000.0, boot_s=30.0))
     calm = simulate(replace(spec, churn=None), workload, PIPELINE)
     often = simulate(spec, workload, PIPELINE)
     never_journaled = simulate(replace(spec, journal_s=1e9), workload, PIPELINE)
@@ -232,7 +232,9 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
         assert (tmp_path / picture).read_text().startswith("<?xml")
     for ours, fifo in found.lengths:
         assert f"| **{ours.efficiency:.3f}** | {fifo.efficiency:.3f} |" in text
-    pairs = len(found.scale) + len(found.lengths)
+    for ours, fifo in found.late:
+        assert f"| **{ours.over_bound:.3f}** | {fifo.over_bound:.3f} |" in text
+    pairs = len(found.scale) + len(found.lengths) + len(found.late)
     assert len(told) == 2 * pairs + len(found.tail) + 2 * 4 + 1
 
 

@@ -118,8 +118,10 @@ def test_an_absent_folder_lists_as_empty(tmp_path: Path) -> None:
 
 
 def test_an_absent_object_is_file_not_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"file://{tmp_path}/nowhere")
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("nowhere", "file/below"):
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(f"file://{tmp_path}/{path}")
 
 
 def test_deleting_twice_is_fine(tmp_path: Path) -> None:

@@ -98,3 +98,10 @@ def test_a_rate_is_above_only_beyond_doubt(failed: int, ended: int, above: bool)
 
 def test_a_limit_of_one_is_never_exceeded() -> None:
     assert not is_surely_above(10_000, 10_000, 1.0, min_rows=500)
+
+
+def test_a_limit_of_zero_stops_no_run_without_an_error() -> None:
+    """1,717 rows are among those whose interval begins, by rounding, above 0."""
+    stopped = [n for n in range(500, 5_000) if is_surely_above(0, n, 0.0, min_rows=500)]
+    assert stopped == []
+    assert is_surely_above(1, 500, 0.0, min_rows=500)

@@ -1,0 +1,396 @@
+"""One batch run, from a config to its result: what every job that generates goes through.
+
+In: a ``JobConfig`` and ``Options``. Out: a ``Result``; the records, reports and ``_SUCCESS`` are in
+the run folder. The run is owned by its lease, resumed where it stood, run through the flow, and
+accounted for; a failure or a signal on the way still leaves a report.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotReadyError
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from jobs.cli import Interrupted, first_signal, name_run, raise_interrupted
+from jobs.settle import (
+    Job,
+    Options,
+    check_capacity,
+    describe,
+    flow_spec,
+    local_cpus,
+    local_node,
+    settle,
+)
+from pipeline import logs, storage
+from pipeline.commit import PartStats, commit_outcomes, committed_shards, part_uri, read_stats
+from pipeline.config import JobConfig
+from pipeline.engine import Engine, VLLMEngine
+from pipeline.engine_spec import EngineSpec
+from pipeline.errors import AccountingError, LeaseLostError, PipelineError, StorageError
+from pipeline.journal import clear_journals
+from pipeline.lease import Lease, check_not_driven
+from pipeline.live import About, LiveRun
+from pipeline.openai_output import OPENAI_FILES, write_openai_output
+from pipeline.prices import Usage, money
+from pipeline.progress import ProgressDisplay
+from pipeline.reopen import reopen
+from pipeline.report import Result, RunStatus, Totals, judge, total, write_report
+from pipeline.roster import Snapshot
+from pipeline.run import Run
+from pipeline.watch import Reason, Watch
+
+log = logging.getLogger(__name__)
+
+_TOTALS_S = 3.0
+"""What the totals of an interrupted run may take: it has to be gone by ``limits.drain_s``."""
+
+
+def run_batch(
+    config: JobConfig,
+    options: Options = Options(),  # noqa: B008 - frozen
+    *,
+    start_engine: Callable[[EngineSpec], Engine] = VLLMEngine,
+) -> Result:
+    """Settle the job, then run, resume, or only describe it.
+
+    Args:
+        config: the job.
+        options: of this start.
+        start_engine: builds a replica's engine on its node; must be picklable.
+
+    Raises:
+        UsageError: config, input, output folder or cluster do not fit; nothing was started.
+        PipelineError: the run failed; what is committed stays and the same command resumes.
+    """
+    logs.name_process(run=config.name)
+    job = settle(config, options, start_engine)
+    name_run(job.run.uri)
+    if options.dry_run:
+        return describe(job)
+    if job.run.complete and not options.retry:
+        log.info("%s is finished; nothing to generate", job.run.uri)
+        if job.run.accepted:
+            log.warning(
+                "--accept-changed changes nothing: nothing is left to make with it, and it is not "
+                "written down; give it together with --retry"
+            )
+        result = _finish(job, [])
+    else:
+        result = _execute(job)
+    _summarize(result)
+    return result
+
+
+def _execute(job: Job) -> Result:
+    """Run what is pending. Nothing is written before the cluster is known to hold the replicas."""
+    if job.run.plan.rows == 0 or not (job.run.pending or job.options.retry):
+        with _owned(job) as (owned, lease), _told(owned, lease) as (live, earlier):
+            made = [_commit_empty(owned)] if owned.run.pending else []
+            return live.conclude(_finish(owned, made, lease, earlier))
+    here = local_node()
+    if here is not None:
+        check_capacity(job, [here])  # before a Ray is started for it
+    if not job.options.wait:
+        check_not_driven(job.run.uri)
+    with (
+        connected(job),
+        _owned(job) as (owned, lease),
+        _told(owned, lease) as (live, earlier),
+    ):
+        return live.conclude(_generate(owned, lease, live, earlier))
+
+
+@contextmanager
+def connected(job: Job) -> Iterator[None]:
+    """Within, Ray is there, and its nodes are known to hold the job's replicas.
+
+    Raises:
+        CapacityError: the cluster cannot be reached, or is too small.
+        EngineError: Ray does not start here.
+    """
+    # Read when ray is imported. Ranks log alike; and what is left of a stopped flow must not start
+    # another Ray.
+    os.environ.update(RAY_DEDUP_LOGS="0", RAY_ENABLE_AUTO_CONNECT="0")
+    # imports ray: 1-2 s that --help does without
+    from pipeline.flow import cluster, cluster_grows, cluster_nodes
+    from pipeline.ray_metrics import Exporter
+
+    with cluster(local_cpus=local_cpus()), Exporter(run=job.config.name):
+        signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
+        check_capacity(job, cluster_nodes(), grows=cluster_grows())
+        yield
+
+
+@contextmanager
+def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
+    """The run is this driver's, looked at anew, started, and with the asked rows open again.
+
+    Raises:
+        RunBusyError: another driver is at it.
+    """
+    with Lease.acquire(job.run.uri, wait=job.options.wait) as lease:
+        run = job.open_run()  # another driver may have gone on with it meanwhile
+        job = replace(job, run=run)
+        if job.options.retry or not run.complete:
+            run.start(lease.confirm)
+        if job.options.retry:
+            count = reopen(job.to, run.plan, run.done, job.options.retry, lease.confirm)
+            log.info("%d records are to be done again", count)
+            left = frozenset(committed_shards(run.uri, run.plan))
+            job = replace(job, run=replace(run, done=left, finished=False))
+        yield job, lease
+
+
+@contextmanager
+def _told(job: Job, lease: Lease) -> Iterator[tuple[LiveRun, _Earlier]]:
+    """Within, ``_progress.json`` tells of this start, with what the parts before it hold."""
+    run, config = job.run, job.config
+    earlier = _Earlier(run)
+    about = About(
+        uri=run.uri,
+        id=run.id,
+        name=config.name,
+        profile=config.engine.profile,
+        model=run.manifest["model"]["name"],
+        replicas=config.engine.most_replicas,
+        rows_total=run.plan.rows,
+        rows_before=run.plan.rows - sum(shard.rows for shard in run.pending),
+        parts_before=len(run.done),
+        owner=lease.owner,
+        fewest_replicas=config.engine.fewest_replicas,
+    )
+    with LiveRun(about, earlier_totals=earlier.totals, lease_lost=lambda: lease.lost) as live:
+        yield live, earlier
+
+
+def _generate(job: Job, lease: Lease, live: LiveRun, earlier: _Earlier) -> Result:
+    """Run the flow to its end; a failure or a signal on the way still leaves a report."""
+    from pipeline.flow import run_shards
+
+    run, limits = job.run, job.config.limits
+    log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
+    rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
+    generated: list[PartStats] = []
+    with ProgressDisplay(total=run.plan.rows, done=rows_done) as display:
+        watch = Watch(
+            max_error_rate=limits.max_error_rate,
+            min_rows=limits.error_rate_min_rows,
+            deadline=job.deadline,
+            lease_lost=lambda: lease.lost,
+            show=lambda seen: display.update(
+                seen.tally,
+                running=seen.running,
+                restarts=seen.engine_restarts + seen.replica_restarts,
+                lacking=seen.lacking,
+            ),
+        )
+
+        def look(seen: Snapshot) -> bool:
+            stop = watch(seen)
+            live.tell(seen, draining=stop)
+            return stop
+
+        try:
+            if run.pending and not watch.is_late():
+                with first_signal(watch.interrupt):
+                    # extend() takes them one by one: after a failure, those before it are there
+                    generated.extend(run_shards(flow_spec(job), run.pending, look))
+        except (PipelineError, Interrupted) as error:
+            status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
+            return _broken(job, status, str(error), generated, earlier)
+    return _conclude(job, lease, watch, generated, earlier)
+
+
+def _conclude(
+    job: Job, lease: Lease, watch: Watch, generated: list[PartStats], earlier: _Earlier
+) -> Result:
+    """What comes after the flow: the end, or what the reason to stop asks for."""
+    match watch.stop and watch.stop.reason:
+        case None:
+            return _finish(job, generated, lease, earlier)
+        case Reason.LEASE_LOST:
+            assert watch.stop is not None
+            raise LeaseLostError(watch.stop.message)
+        case Reason.DEADLINE:
+            return _expire(job, lease, generated, earlier)
+        case reason:
+            assert watch.stop is not None
+            over = reason is Reason.ERROR_RATE
+            status = RunStatus.OVER_ERROR_RATE if over else RunStatus.INTERRUPTED
+            return _broken(job, status, watch.stop.message, generated, earlier)
+
+
+def _expire(job: Job, lease: Lease, generated: list[PartStats], earlier: _Earlier) -> Result:
+    """The deadline has passed: what is left becomes ``expired``, and the run ends as complete."""
+    from pipeline.flow import expire_shards
+
+    done = {stats.shard for stats in generated}
+    left = [shard for shard in job.run.pending if shard.index not in done]
+    log.info("the deadline has passed; %d open shards end as they are", len(left))
+    lease.confirm()
+    try:
+        expired = list(expire_shards(flow_spec(job), left)) if left else []
+    except (PipelineError, Interrupted) as error:
+        return _broken(job, RunStatus.INTERRUPTED, str(error), generated, earlier)
+    return _finish(job, [*generated, *expired], lease, earlier, deadline_passed=True)
+
+
+def _finish(
+    job: Job,
+    generated: Sequence[PartStats],
+    lease: Lease | None = None,
+    earlier: _Earlier | None = None,
+    *,
+    deadline_passed: bool = False,
+) -> Result:
+    """Account for every row, write the reports and, last, ``_SUCCESS``.
+
+    Raises:
+        AccountingError: rows are missing, or a part is of another run; no ``_SUCCESS`` is written.
+        LeaseLostError: the run is another driver's by now.
+    """
+    parts = _all_parts(job.run, generated, earlier or _Earlier(job.run))
+    totals = total(parts)
+    result = Result(
+        status=judge(job.run.plan.rows, totals, job.config.limits.max_error_rate),
+        run=job.run.uri,
+        rows_total=job.run.plan.rows,
+        totals=totals,
+        seconds=job.seconds,
+        generated_rows=_rows_of(generated),
+        deadline_passed=deadline_passed,
+    )
+    if lease is not None:
+        if job.found.is_jsonl:
+            log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), len(parts))
+            write_openai_output(job.to, len(parts), lease.confirm)
+        lease.confirm()
+        write_report(result, job.run.manifest, _money(job, result))
+        clear_journals(job.run.uri)
+        job.run.mark_success()
+    return result
+
+
+def _broken(
+    job: Job,
+    status: RunStatus,
+    error: str,
+    generated: Sequence[PartStats],
+    earlier: _Earlier,
+) -> Result:
+    """The result of a run that stopped half-way, with what the output folder holds by now."""
+    known = {stats.shard: stats for stats in [*earlier.stats(_TOTALS_S), *generated]}
+    result = Result(
+        status=status,
+        run=job.run.uri,
+        rows_total=job.run.plan.rows,
+        totals=total(known.values()),
+        seconds=job.seconds,
+        generated_rows=_rows_of(generated),
+        error=error,
+    )
+    try:
+        with storage.patience(_TOTALS_S):
+            result = _with_all_parts(job, result, known)
+            write_report(result, job.run.manifest, _money(job, result))
+    except StorageError as failure:  # perhaps what stopped the run; that is what is told
+        log.warning("no report could be written: %s", failure)
+    return result
+
+
+def _money(job: Job, result: Result) -> Mapping[str, Any]:
+    """What the GPUs cost, all starts together, and what the same tokens would elsewhere."""
+    tokens = result.totals.tokens
+    usage = Usage(
+        prompt_tokens=tokens["prompt"],
+        image_tokens=tokens["image"],
+        completion_tokens=tokens["completion"],
+        images=result.totals.images,
+        seconds=max(result.seconds, result.totals.history.active_s()),
+    )
+    return money(job.prices, job.profile, job.config.engine.most_replicas, usage)
+
+
+def _with_all_parts(job: Job, result: Result, known: Mapping[int, PartStats]) -> Result:
+    """The result with parts whose stats did not reach this driver, as far as they can be read."""
+    committed = committed_shards(job.run.uri, job.run.plan)
+    unknown = committed - set(known) - job.run.done
+    late = read_stats(job.run.uri, sorted(unknown))
+    parts = [*known.values(), *late]
+    unread = len(committed) - len(parts)
+    return replace(
+        result,
+        totals=total(parts),
+        generated_rows=result.generated_rows + _rows_of(late),
+        details={"parts_not_counted": unread} if unread else {},
+    )
+
+
+class _Earlier:
+    """The stats of parts that were there before this start, read while the run goes on."""
+
+    def __init__(self, run: Run) -> None:
+        self._totals: Totals | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._found: Future[list[PartStats]] = self._pool.submit(
+            read_stats, run.uri, sorted(run.done)
+        )
+
+    def totals(self) -> Totals | None:
+        """Their sums; None while they are being read, or if they cannot be."""
+        found = self._found
+        if self._totals is None and found.done() and not found.cancelled():
+            self._totals = None if found.exception() else total(found.result())
+        return self._totals
+
+    def stats(self, timeout_s: float | None = None) -> list[PartStats]:
+        """All of them; none if they are not there within ``timeout_s``."""
+        try:
+            return self._found.result(timeout_s)
+        except NotReadyError:
+            return []
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> list[PartStats]:
+    """One per shard; a shard that a lost node made twice counts once."""
+    parts = {stats.shard: stats for stats in [*earlier.stats(), *generated]}
+    if len(parts) != len(run.plan.shards):
+        raise AccountingError(f"{len(run.plan.shards) - len(parts)} shards have no part")
+    for stats in parts.values():
+        if stats.run != run.id:
+            uri = part_uri(run.uri, stats.shard)
+            raise AccountingError(f"{uri} is of another run; delete it and run the command again")
+    return list(parts.values())
+
+
+def _rows_of(parts: Sequence[PartStats]) -> int:
+    """Rows that were made: neither expired nor taken over from the journals of earlier attempts."""
+    return sum(sum(part.rows.values()) - part.taken_over for part in parts)
+
+
+def _commit_empty(job: Job) -> PartStats:
+    """An input without rows: one empty part, so that the output opens like any other."""
+    (shard,) = job.run.plan.shards
+    return commit_outcomes(job.to, shard, [], job.found.columns.carried.empty_table())
+
+
+def _summarize(result: Result) -> None:
+    rows = ", ".join(f"{count} {status}" for status, count in result.totals.rows.items() if count)
+    log.info(
+        "%s: %d rows (%s), %d completion tokens, %.1f s; report: %s",
+        result.status,
+        result.rows_total,
+        rows or "none",
+        result.totals.tokens["completion"],
+        result.seconds,
+        storage.join(result.run or "", "report.html"),
+    )

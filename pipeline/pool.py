@@ -1,0 +1,387 @@
+"""The replicas of a run: their places in the cluster, their lives, and which works on which shard.
+
+In: prepared shards, as they come; a ``Cluster`` to hold places and workers. Out: what came of each
+shard. Every replica has a *seat* in the pool for the whole run. A seat asks for a *place* (the
+share of the nodes that one replica takes, reserved as a whole or not at all), starts a *worker* in
+it, and gives the worker up to ``depth`` shards at a time. Nothing here knows Ray; ``ray_cluster``
+does.
+
+- A replica works as soon as it is up: none waits for another to load, none holds a place idle. That
+  is also why runs that share a full cluster cannot block each other.
+- A worker that dies leaves its shards to whichever replica is free, first of all that wait.
+- Its successor starts in the same place, unless a node of it is gone, or about to go: then the
+  place is given back and the seat asks for another, as long as it takes; the others go on.
+- Rows must be read and prepared somewhere: a place that leaves no CPU for that is given back until
+  the nodes change, or all rows are read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from pipeline.errors import EngineError, EngineRefusalError
+
+log = logging.getLogger(__name__)
+
+_FAILED_STARTS_PER_SEAT = 4
+"""Of the seats that have a place: so many workers may end before they are up, while none comes up
+and no shard is done, until the run fails."""
+_FAILED_STARTS_IN_A_PLACE = 2
+"""In a row, after which a seat looks for another place: its node may be at fault."""
+_CLOSE_S = 10.0
+"""What engines get to end in order; their processes end with the workers' in any case."""
+_CLOSE_DRAINED_S = 3.0
+"""The same after a drain, whose time is up."""
+_REMIND_S = 60.0
+"""Between two lines about a seat that waits."""
+_ASK_AGAIN_S = 10.0
+"""Between two tries for a place that was given back, at least, while the nodes stay the same."""
+
+Item = TypeVar("Item")
+Given = TypeVar("Given", contravariant=True)
+Result = TypeVar("Result")
+Place = TypeVar("Place")
+Worker = TypeVar("Worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Up(Generic[Worker]):
+    """A worker is ready for shards."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Generic[Worker]):
+    """A worker is gone, with what it was doing."""
+
+    worker: Worker
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Worker, Result]):
+    """A worker is through with a shard."""
+
+    worker: Worker
+    ticket: int
+    """Of the shard, as ``Cluster.submit`` was given."""
+    result: Result
+
+
+Event = Up[Worker] | Ended[Worker] | Done[Worker, Result]
+
+
+class Cluster(Protocol[Place, Worker, Given, Result]):
+    """What the pool needs of a cluster. No call but ``wait`` blocks."""
+
+    def reserve(self) -> Place:
+        """Ask for a place; it may be had at once, later, or never."""
+
+    def nodes_of(self, place: Place) -> Collection[str]:
+        """The nodes a place is on; empty while it waits."""
+
+    def release(self, place: Place) -> None:
+        """Give a place back, asked for or held; what still runs in it ends."""
+
+    def live_nodes(self) -> frozenset[str]:
+        """The nodes that are there."""
+
+    def going_nodes(self) -> frozenset[str]:
+        """Those of them that are about to be taken away: nothing new is put there."""
+
+    def spare_cpus(self, *, of_all: bool) -> float:
+        """CPUs of all live nodes that no held place takes: none of this run, or none of anybody."""
+
+    def lacking(self) -> str | None:
+        """What a place that waits is waiting for, in words; None if it is about to be had."""
+
+    def start(self, place: Place, name: str) -> Worker:
+        """Start a worker in a place that is held."""
+
+    def submit(self, worker: Worker, ticket: int, item: Given) -> None:
+        """Give a worker that is up a shard."""
+
+    def kill(self, worker: Worker) -> None:
+        """End a worker at once; its place stays held."""
+
+    def wait(self, timeout_s: float) -> Sequence[Event[Worker, Result]]:
+        """What happened; waits for the first up to ``timeout_s``.
+
+        Raises:
+            PipelineError: a shard cannot be done by any worker.
+        """
+
+    def close(self, within_s: float) -> None:
+        """End all workers, in order if there is time, and give every place back."""
+
+
+@dataclass(eq=False)
+class _Seat(Generic[Place, Worker, Item]):
+    number: int
+    """From 1."""
+    name: str
+    place: Place | None = None
+    nodes: frozenset[str] = frozenset()
+    worker: Worker | None = None
+    up: bool = False
+    work: dict[int, Item] = field(default_factory=dict)
+    """By ticket."""
+    since: float = 0.0
+    """When it began to wait, or its worker to start."""
+    reminded: float = 0.0
+    shunned: tuple[frozenset[str], float] | None = None
+    """The nodes as they were when its place was given back for want of CPUs, and when that was."""
+    going: bool = False
+    """Whether a node of its place is about to be taken away: its worker gets nothing more."""
+    failed_starts: int = 0
+    """In a row, in its place."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its worker takes shards."""
+        return self.up and not self.going
+
+
+class Pool(Generic[Place, Worker, Item, Result]):
+    """Seats, and the shards that wait for one; for one thread. A context manager: its end is the
+    end of all workers and places."""
+
+    def __init__(
+        self,
+        cluster: Cluster[Place, Worker, Item, Result],
+        names: Sequence[str],
+        *,
+        depth: int,
+        spare_cpus: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """A pool without any place yet.
+
+        Args:
+            cluster: holds places and workers.
+            names: one per replica, the same for all workers that take its seat.
+            depth: most shards a worker has at a time.
+            spare_cpus: CPUs that places must leave free while rows are read.
+            clock: monotonic seconds.
+        """
+        self._cluster = cluster
+        self._seats: list[_Seat[Place, Worker, Item]] = [
+            _Seat(number, name) for number, name in enumerate(names, 1)
+        ]
+        self._depth = depth
+        self._spare_cpus = spare_cpus
+        self._clock = clock
+        self._queue: deque[tuple[int, Item]] = deque()
+        self._tickets = 0
+        self._failed_starts = 0
+        self._any_was_up = False
+        self.all_read = False
+        """Whether no more rows are to be read and prepared: places may take all CPUs then."""
+        self.draining = False
+        """Whether workers were told to stop: shards then come back undone."""
+
+    def __enter__(self) -> Pool[Place, Worker, Item, Result]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        in_order_s = _CLOSE_DRAINED_S if self.draining else _CLOSE_S
+        self._cluster.close(in_order_s if kind is None else 0.0)
+
+    @property
+    def room(self) -> int:
+        """Shards that could be given out at once, beyond those that wait."""
+        free = sum(self._depth - len(seat.work) for seat in self._seats if seat.is_open)
+        return max(0, free - self.waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Shards that wait for a replica."""
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no shard waits or is worked on."""
+        return not self._queue and not self.working
+
+    @property
+    def working(self) -> bool:
+        """Whether any shard is worked on."""
+        return any(seat.work for seat in self._seats)
+
+    @property
+    def lacking(self) -> str | None:
+        """What the seats without a place wait for; None if all have one, or are about to."""
+        without = [seat for seat in self._seats if not seat.nodes] if self._is_needed else []
+        reason = self._reason(without) if without else None
+        if reason is None:
+            return None
+        numbers = ", ".join(str(seat.number) for seat in without)
+        return f"replica {numbers} of {len(self._seats)} waits: {reason}"
+
+    @property
+    def seated(self) -> int:
+        """Seats that have a place; at least 1, for what is counted per seat."""
+        return max(1, sum(bool(seat.nodes) for seat in self._seats))
+
+    @property
+    def _is_needed(self) -> bool:
+        """Whether a further worker would find something to do."""
+        return not self.all_read or bool(self._queue)
+
+    def offer(self, item: Item) -> None:
+        """One more shard; they are given out in this order."""
+        self._tickets += 1
+        self._queue.append((self._tickets, item))
+
+    def kill(self, name: str) -> bool:
+        """End the worker that is up in the seat ``name``, for a successor; False if none is up."""
+        for seat in self._seats:
+            if seat.name == name and seat.up and seat.worker is not None:
+                self._cluster.kill(seat.worker)
+                self._vacate(seat)
+                return True
+        return False
+
+    def step(self, timeout_s: float) -> Iterator[Result]:
+        """Look after seats, give shards out, and yield what came of those that are done.
+
+        Raises:
+            EngineError: an engine refuses to start, or workers end before they are up, again and
+                again.
+            PipelineError: a shard cannot be done by any worker.
+        """
+        self._seat_all()
+        self._give_out()
+        for event in self._cluster.wait(timeout_s):
+            seat = self._seat_of(event.worker)
+            if seat is None:  # the last words of one that was replaced
+                continue
+            match event:
+                case Up():
+                    self._welcome(seat)
+                case Ended(_, error):
+                    self._replace(seat, error)
+                case Done(_, ticket, result):
+                    self._failed_starts = 0
+                    if result is None and not self.draining:
+                        self._cluster.kill(event.worker)
+                        self._replace(seat, EngineError("it takes no more rows, unasked"))
+                    elif seat.work.pop(ticket, None) is not None:
+                        yield result
+        self._give_out()
+
+    def _seat_all(self) -> None:
+        nodes = self._cluster.live_nodes()
+        going = self._cluster.going_nodes()
+        for seat in self._seats:
+            seat.going = bool(seat.nodes & going)
+            if seat.nodes - nodes or (seat.going and not seat.work):
+                self._leave_place(seat, "lost its node")
+            if seat.place is None and self._is_needed and self._may_ask(seat, nodes):
+                seat.place = self._cluster.reserve()
+                seat.since = seat.reminded = self._clock()
+            if seat.place is not None and not seat.nodes:
+                self._take_place(seat, nodes)
+            if seat.nodes and seat.worker is None and seat.place is not None and self._is_needed:
+                seat.worker = self._cluster.start(seat.place, seat.name)
+                seat.since = self._clock()
+            self._remind(seat)
+        self._keep_cpus(nodes)
+
+    def _take_place(self, seat: _Seat[Place, Worker, Item], nodes: frozenset[str]) -> None:
+        assert seat.place is not None
+        found = frozenset(self._cluster.nodes_of(seat.place))
+        if not found:
+            return
+        if not self.all_read and self._cluster.spare_cpus(of_all=True) < self._spare_cpus:
+            self._cluster.release(seat.place)
+            seat.place, seat.shunned = None, (nodes, self._clock())
+            return
+        seat.nodes, seat.shunned = found, None
+
+    def _keep_cpus(self, nodes: frozenset[str]) -> None:
+        """Nodes that are lost may have been those that prepared rows: one replica makes room."""
+        if self.all_read or self._cluster.spare_cpus(of_all=False) >= self._spare_cpus:
+            return
+        held = [seat for seat in self._seats if seat.nodes]
+        if held:
+            seat = min(held, key=lambda seat: (seat.up, len(seat.work), -seat.number))
+            self._leave_place(seat, "makes room to prepare rows")
+            seat.shunned = (nodes, self._clock())
+
+    def _may_ask(self, seat: _Seat[Place, Worker, Item], nodes: frozenset[str]) -> bool:
+        """A place just given back is not asked for again at once: it would be the same one."""
+        if seat.shunned is None or self.all_read:
+            return True
+        before, when = seat.shunned
+        return nodes != before or self._clock() - when > _ASK_AGAIN_S
+
+    def _give_out(self) -> None:
+        """The first shard that waits goes to the replica with the fewest."""
+        while self._queue:
+            free = [seat for seat in self._seats if seat.is_open and len(seat.work) < self._depth]
+            if not free:
+                return
+            seat = min(free, key=lambda seat: (len(seat.work), seat.number))
+            ticket, item = self._queue.popleft()
+            seat.work[ticket] = item
+            assert seat.worker is not None
+            self._cluster.submit(seat.worker, ticket, item)
+
+    def _welcome(self, seat: _Seat[Place, Worker, Item]) -> None:
+        seat.up = self._any_was_up = True
+        self._failed_starts = seat.failed_starts = 0
+        log.info(
+            "replica %d of %d is up after %.0f s",
+            seat.number,
+            len(self._seats),
+            self._clock() - seat.since,
+        )
+
+    def _replace(self, seat: _Seat[Place, Worker, Item], error: Exception) -> None:
+        if isinstance(error, EngineRefusalError) and not self._any_was_up:
+            raise error
+        if not seat.up:
+            seat.failed_starts += 1
+            self._failed_starts += 1
+            if self._failed_starts > _FAILED_STARTS_PER_SEAT * self.seated:
+                raise EngineError(f"{self._failed_starts} replicas did not come up: {error}")
+        log.warning("replica %d of %d ended: %s", seat.number, len(self._seats), error)
+        self._vacate(seat)
+        if seat.failed_starts >= _FAILED_STARTS_IN_A_PLACE:
+            self._leave_place(seat, "tries another place")
+
+    def _vacate(self, seat: _Seat[Place, Worker, Item]) -> None:
+        """The worker is gone; its shards wait first of all, in their old order."""
+        self._queue.extendleft(sorted(seat.work.items(), reverse=True, key=lambda work: work[0]))
+        seat.work, seat.worker, seat.up = {}, None, False
+
+    def _leave_place(self, seat: _Seat[Place, Worker, Item], why: str) -> None:
+        assert seat.place is not None
+        log.warning("replica %d of %d %s", seat.number, len(self._seats), why)
+        if seat.worker is not None:
+            self._cluster.kill(seat.worker)
+        self._cluster.release(seat.place)
+        self._vacate(seat)
+        seat.place, seat.nodes, seat.going, seat.failed_starts = None, frozenset(), False, 0
+
+    def _remind(self, seat: _Seat[Place, Worker, Item]) -> None:
+        now = self._clock()
+        if not seat.nodes and self._is_needed and now - seat.reminded >= _REMIND_S:
+            seat.reminded = now
+            if reason := self._reason([seat]):
+                log.warning("replica %d of %d waits: %s", seat.number, len(self._seats), reason)
+
+    def _reason(self, seats: Sequence[_Seat[Place, Worker, Item]]) -> str | None:
+        if all(seat.shunned is not None for seat in seats):
+            return f"{self._spare_cpus:g} CPU must stay free to prepare rows with"
+        return self._cluster.lacking()
+
+    def _seat_of(self, worker: Worker) -> _Seat[Place, Worker, Item] | None:
+        return next((seat for seat in self._seats if seat.worker is worker), None)

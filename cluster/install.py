@@ -5,6 +5,9 @@ or ``gpu`` where an NVIDIA GPU is seen). Out: ``.venv`` with the project install
 over by ``cluster.repair``, and ``.venv/.installed``: a hash of the inputs, so that the next call
 with the same ones ends at once.
 
+uv installs, in less than half of pip's time; pip, which every virtual environment has, brings it.
+Mirrors, certificates and the like are told to it as pip is configured: uv reads no pip.conf.
+
 The constraints were taken from a CPU environment. vLLM's GPU build pins parts of its own stack to
 other versions, so for ``gpu`` only this project's direct dependencies are constrained.
 
@@ -16,8 +19,10 @@ Standard library only. Use: ``python3.11 cluster/install.py [--extra cpu|gpu] [-
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -38,8 +43,23 @@ CONSTRAINTS = ROOT / "cluster" / "constraints.txt"
 
 NEEDED = (3, 11)
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PROBE_TIMEOUT_S = 3  # pip would retry a dead index for every single package
+PROBE_TIMEOUT_S = 3  # a dead index would be retried for every single package
 LAST_LINES = 15
+
+# what pip is configured to, as uv takes it: arguments, one per value, and variables
+UV_ARGUMENTS = {
+    "index-url": "--default-index",
+    "extra-index-url": "--index",
+    "find-links": "--find-links",
+    "constraint": "--constraint",
+    "trusted-host": "--allow-insecure-host",
+}
+UV_VARIABLES = {
+    "cert": "SSL_CERT_FILE",
+    "proxy": "ALL_PROXY",
+    "timeout": "UV_HTTP_TIMEOUT",
+    "default-timeout": "UV_HTTP_TIMEOUT",
+}
 
 
 class InstallError(Exception):
@@ -132,29 +152,69 @@ def _version_of(python: Path) -> tuple[int, ...] | None:
     return tuple(map(int, done.stdout.split())) if done.returncode == 0 else None
 
 
+def pip_settings(listing: str) -> dict[str, str]:
+    """Settings by name from the output of ``pip config list``; the environment's go first."""
+    found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for line in listing.splitlines():
+        name, _, value = line.partition("=")
+        section, _, key = name.partition(".")
+        if section in found:
+            found[section][key] = ast.literal_eval(value)
+    return {**found["global"], **found["install"], **found[":env:"]}
+
+
+def uv_arguments(settings: dict[str, str]) -> list[str]:
+    """Return the arguments that make ``uv pip install`` look where pip does."""
+    arguments = [
+        part
+        for key, argument in UV_ARGUMENTS.items()
+        for value in settings.get(key, "").split()
+        for part in (argument, value)
+    ]
+    if settings.get("no-index", "").lower() in ("1", "yes", "true", "on"):
+        arguments.append("--no-index")
+    return arguments
+
+
 def install_packages(extra: str, wanted: str) -> None:
-    """Install the project with the extras ``wanted``; pip's words go to ``.venv/install.log``."""
+    """Install the project with the extras ``wanted``; uv's words go to ``.venv/install.log``."""
+    lines = CONSTRAINTS.read_text("utf-8").splitlines()
+    (uv,) = (line for line in lines if line.startswith("uv=="))
+    pip = [str(PYTHON), "-m", "pip"]
+    _run([*pip, "install", "--quiet", uv], dict(os.environ), index_reachable=True)
+
+    listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=True)
+    settings = pip_settings(listed.stdout)
+    variables = {name: settings[key] for key, name in UV_VARIABLES.items() if key in settings}
     direct = direct_dependencies(PROJECT.read_text("utf-8")) if extra == "gpu" else None
     pins = VENV / "constraints.txt"
-    pins.write_text("\n".join(select_constraints(CONSTRAINTS.read_text().splitlines(), direct)))
-    command = [str(PYTHON), "-m", "pip", "install", "--progress-bar", "off"]
+    pins.write_text("\n".join(select_constraints(lines, direct)))
+    command = [str(VENV / "bin" / "uv"), "pip", "install", "--python", str(PYTHON)]
+    command += ["--compile-bytecode", "--no-progress", *uv_arguments(settings)]
+    command += ["--index-strategy", "unsafe-best-match"]  # as pip: the best version of any index
     command += ["--constraint", str(pins), "--editable", f"{ROOT}[{wanted}]"]
     reachable = extra == "cpu" and index_answers(TORCH_CPU_INDEX)
     if reachable:
-        command += ["--extra-index-url", TORCH_CPU_INDEX]
+        command += ["--index", TORCH_CPU_INDEX]
     elif extra == "cpu":
         print(f"{TORCH_CPU_INDEX} does not answer: torch comes from pip's own settings")
-    print(f"installing the project and its packages ({extra}); pip's words: {LOG}")
+    print(f"installing the project and its packages ({extra}); uv's words: {LOG}")
+    _run(command, {**variables, **os.environ}, index_reachable=reachable)
+
+
+def _run(command: list[str], environment: dict[str, str], *, index_reachable: bool) -> None:
     with LOG.open("w", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code != 0:
-        raise InstallError(explain_failure(LOG.read_text("utf-8"), index_reachable=reachable))
+        done = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+        )
+    if done.returncode != 0:
+        raise InstallError(explain_failure(LOG.read_text("utf-8"), index_reachable=index_reachable))
 
 
 def explain_failure(log: str, *, index_reachable: bool) -> str:
-    """Return pip's last lines, and the remedy where the CPU build of torch was not found."""
-    message = f"pip failed (all of it: {LOG}):\n{tail(log)}"
-    if "torch==2.13.0" in log and "No matching distribution" in log and not index_reachable:
+    """Return the last lines, and the remedy where the CPU build of torch was not found."""
+    message = f"the packages could not be installed (all words: {LOG}):\n{tail(log)}"
+    if "no version of torch==2.13.0" in log and not index_reachable:
         message += (
             f"\nvllm-cpu needs the CPU build of torch, which {TORCH_CPU_INDEX} has. Make it "
             "reachable, or set PIP_FIND_LINKS to a folder with the wheel."

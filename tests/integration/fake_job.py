@@ -87,6 +87,17 @@ class RunningJob:
         """Until the folder has such a file."""
         self._wait(lambda: any(folder.glob(pattern)))
 
+    def wait_for_new_files(self, folder: Path, pattern: str, count: int) -> None:
+        """Until so many more such files have come, although others, or they, go meanwhile."""
+        before = set(folder.glob(pattern))
+        seen: set[Path] = set()
+
+        def enough() -> bool:
+            seen.update(folder.glob(pattern))
+            return len(seen - before) >= count
+
+        self._wait(enough)
+
     def _wait(self, ready: Callable[[], bool]) -> None:
         while not ready():
             assert self.process.poll() is None, self.log.read_text()

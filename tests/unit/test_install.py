@@ -9,7 +9,9 @@ from cluster.install import (
     check_python,
     direct_dependencies,
     index_answers,
+    pip_settings,
     select_constraints,
+    uv_arguments,
 )
 
 
@@ -38,3 +40,22 @@ def test_every_direct_dependency_is_pinned() -> None:
         pin.split("==")[0].lower().replace("_", "-") for pin in select_constraints(pins, None)
     }
     assert direct <= pinned
+
+
+def test_uv_looks_where_pip_is_told_to_look() -> None:
+    listing = (
+        ":env:.find-links='/wheels'\n"
+        "global.extra-index-url='file:///one/simple\\nhttps://two/simple'\n"
+        "global.find-links='/elsewhere'\n"
+        "global.index-url='https://mirror/simple'\n"
+        "global.no-index='false'\n"
+        "install.index-url='https://nearer/simple'\n"
+        "list.format='columns'\n"
+    )
+    assert uv_arguments(pip_settings(listing)) == [
+        *("--default-index", "https://nearer/simple"),
+        *("--index", "file:///one/simple", "--index", "https://two/simple"),
+        *("--find-links", "/wheels"),
+    ]
+    assert uv_arguments(pip_settings("global.no-index='true'")) == ["--no-index"]
+    assert uv_arguments(pip_settings("")) == []

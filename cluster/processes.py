@@ -27,7 +27,7 @@ from cluster.errors import LeftBehindError
 
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL; a Ray node ends in 1-2 s when it need not drain."""
-TRACKER_GRACE_S = 1.0
+TRACKER_GRACE_S = 10.0
 """What multiprocessing's resource trackers get to unlink the shared memory of the killed."""
 KILL_TIMEOUT_S = 10.0
 """SIGKILL acts at once; more is a process stuck in the kernel."""

@@ -204,7 +204,7 @@ def _generate(job: Job, lease: Lease, live: LiveRun, earlier: _Earlier) -> Resul
                     generated.extend(run_shards(flow_spec(job), run.pending, look))
         except (PipelineError, Interrupted) as error:
             status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
-            return _broken(job, status, str(error), generated, earlier)
+            return _broken(job, lease, status, str(error), generated, earlier)
     return _conclude(job, lease, watch, generated, earlier)
 
 
@@ -224,7 +224,7 @@ def _conclude(
             assert watch.stop is not None
             over = reason is Reason.ERROR_RATE
             status = RunStatus.OVER_ERROR_RATE if over else RunStatus.INTERRUPTED
-            return _broken(job, status, watch.stop.message, generated, earlier)
+            return _broken(job, lease, status, watch.stop.message, generated, earlier)
 
 
 def _expire(job: Job, lease: Lease, generated: list[PartStats], earlier: _Earlier) -> Result:
@@ -238,7 +238,7 @@ def _expire(job: Job, lease: Lease, generated: list[PartStats], earlier: _Earlie
     try:
         expired = list(expire_shards(flow_spec(job), left)) if left else []
     except (PipelineError, Interrupted) as error:
-        return _broken(job, RunStatus.INTERRUPTED, str(error), generated, earlier)
+        return _broken(job, lease, RunStatus.INTERRUPTED, str(error), generated, earlier)
     return _finish(job, [*generated, *expired], lease, earlier, deadline_passed=True)
 
 
@@ -280,12 +280,17 @@ def _finish(
 
 def _broken(
     job: Job,
+    lease: Lease,
     status: RunStatus,
     error: str,
     generated: Sequence[PartStats],
     earlier: _Earlier,
 ) -> Result:
-    """The result of a run that stopped half-way, with what the output folder holds by now."""
+    """The result of a run that stopped half-way, with what the output folder holds by now.
+
+    Raises:
+        LeaseLostError: the run is another driver's by now, and so is its report.
+    """
     known = {stats.shard: stats for stats in [*earlier.stats(_TOTALS_S), *generated]}
     result = Result(
         status=status,
@@ -299,6 +304,7 @@ def _broken(
     try:
         with storage.patience(_TOTALS_S):
             result = _with_all_parts(job, result, known)
+            lease.confirm()
             write_report(result, job.run.manifest, _money(job, result))
     except StorageError as failure:  # perhaps what stopped the run; that is what is told
         log.warning("no report could be written: %s", failure)

@@ -235,13 +235,14 @@ def check_not_driven(run_uri: str, *, renewal_s: float = RENEWAL_S) -> None:
     """
     uri = storage.join(run_uri, "_lease.json")
     first = seen = _look(uri)
-    for _ in range(_LOOKS_PER_RENEWAL + 2):
+    for look in range(_LOOKS_PER_RENEWAL + 3):
+        if look:
+            time.sleep(renewal_s / _LOOKS_PER_RENEWAL)
+            seen = _look(uri)
         if first is None or seen is None or seen.record.state is LeaseState.RELEASED:
             return
         if seen.version != first.version:
             raise _busy(uri, seen.record)
-        time.sleep(renewal_s / _LOOKS_PER_RENEWAL)
-        seen = _look(uri)
 
 
 def observe(

@@ -50,12 +50,12 @@ _READ_AHEAD = 4 * 2**20
 _READ_TIMEOUT_S = 30
 """Between two pieces of an answer."""
 _CONNECTIONS = 64
-_PROBE_S = 4.0
+_PROBE_S = 10.0
 # A first look before anything starts: a wrong endpoint or bucket must be told in seconds.
 _S3_PROBE: dict[str, Any] = {
     "config_kwargs": {
-        "connect_timeout": 1.5,
-        "read_timeout": 3,
+        "connect_timeout": 3,
+        "read_timeout": 8,
         "retries": {"max_attempts": 0},
     }
 }

@@ -121,7 +121,7 @@ class LeaseCases:
     def test_a_live_owner_is_seen_without_touching_the_lease(self, run_uri: str) -> None:
         with self.acquire(run_uri) as lease:
             with pytest.raises(RunBusyError, match=rf"pid {os.getpid()}, .*--wait"):
-                check_not_driven(run_uri, renewal_s=self.renewal_s)
+                check_not_driven(run_uri, renewal_s=20 * self.renewal_s)
             assert record_at(run_uri).owner == lease.owner
 
     def test_what_nobody_renews_is_not_refused_and_left_as_it_is(self, run_uri: str) -> None:
@@ -136,7 +136,7 @@ class LeaseCases:
     def test_a_lease_that_is_released_meanwhile_is_not_refused(self, run_uri: str) -> None:
         lease = self.acquire(run_uri)
         with ThreadPoolExecutor(1) as pool:
-            looking = pool.submit(check_not_driven, run_uri, renewal_s=10 * self.renewal_s)
+            looking = pool.submit(check_not_driven, run_uri, renewal_s=100 * self.renewal_s)
             time.sleep(self.renewal_s / 2)
             lease.release()
             looking.result(timeout=60)

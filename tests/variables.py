@@ -6,8 +6,12 @@ from contextlib import contextmanager
 
 
 def without_ray() -> dict[str, str]:
-    """The environment without what makes Ray's processes use, or ask for, another cluster's."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    """The environment without what makes Ray's processes use, or ask for, another cluster's.
+
+    Workers are not nicer than whatever else the machine is busy with.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**kept, "RAY_worker_niceness": "0"}
 
 
 @contextmanager

@@ -26,16 +26,19 @@ _ENTER_S = 0.1
 """From ``generate`` to the request's first step in the engine core: a few milliseconds."""
 
 
+def _is_core(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and ENGINE_CORE in " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return False
+
+
 class FragileVLLM(VLLMEngine):
     """vLLM, with a book and a weakness."""
 
     def __init__(self, spec: EngineSpec, ledger: Path) -> None:
         super().__init__(spec)
-        self._cores = [
-            child
-            for child in psutil.Process().children(recursive=True)
-            if ENGINE_CORE in " ".join(child.cmdline()) and child.is_running()
-        ]
+        self._cores = [*filter(_is_core, psutil.Process().children(recursive=True))]
         self._book = _Book(ledger, engine=max((core.pid for core in self._cores), default=0))
 
     async def generate(self, request: EngineRequest) -> EngineOutput:

@@ -6,6 +6,7 @@ The driver here is a small program; real jobs under fire are in test_short_chaos
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -18,6 +19,13 @@ from tests.chaos.ledger import Generation, Ledger, LedgerReader
 from tests.chaos.run import check_rows, draw_victims, kinds_for, strike_rows, to_markdown
 from tests.chaos.stage import Outcome
 from tests.chaos.victims import Victim
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def generation(at: float, *, pid: int = 1, started: float = 1.0, engine: int = 10) -> Generation:
@@ -118,12 +126,12 @@ def test_the_death_of_a_process_that_wrote_is_noted_once(tmp_path: Path) -> None
     with watcher.watching():
         ledger.write(generation(1, pid=writer[0], started=writer[1]))
         ledger.write(generation(1, pid=writer[0], started=5.0))
-        time.sleep(1)
+        until(lambda: len(watcher.generations) == 2 and bool(watcher.deaths))
         assert set(watcher.deaths) == {(writer[0], 5.0)}  # a pid that was used before
         killed = time.time()
         driver.kill()
-        time.sleep(1)
-    assert 0 <= watcher.deaths[writer] - killed < 0.9
+        until(lambda: writer in watcher.deaths)
+    assert 0 <= watcher.deaths[writer] - killed < 20
     assert len(watcher.generations) == 2
     ledger.close()
 

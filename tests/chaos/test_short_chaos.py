@@ -4,6 +4,7 @@ The engine is the echo engine: what is tested is the way around it. Not covered 
 a real engine's processes, which `make chaos` kills too.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,18 +17,19 @@ from tests.chaos.judge import find_repeats, judge_records, judge_waste
 from tests.chaos.stage import Setting, Stage, judge_run, set_stage
 from tests.chaos.victims import Victim
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 ROWS = 1200
 FAULTS = 0.05
 JOURNAL_S = 3.0
+EXCUSED_S = JOURNAL_S + 4.0  # a busy machine writes late
 SETTING = Setting(
     corpus=make_corpus(ROWS, seed=11),
     seed=11,
     replicas=2,
     overrides={"max_num_seqs": 4},
     limits={"shard_rows": 100, "journal_s": JOURNAL_S},
-    echo_delay_s=0.25,  # work for 40 s at least: all kills find it at work
+    echo_delay_s=0.4,  # work for a minute at least: all kills find it at work
 )
 FIRE = Fire(pause_s=(2.0, 4.0), outage_s=5.0, node_away_s=1.0, stuck_s=150.0)
 
@@ -53,11 +55,11 @@ def test_a_run_under_fire_keeps_every_promise(stage: Stage) -> None:
     counts = stage.proxy.counts
     stage.proxy.set_share(0)
     assert len(counts) >= 4, counts  # faults did happen, of several kinds
-    outcome = judge_run(stage, story, wanted=len(targets), journal_s=JOURNAL_S)
+    outcome = judge_run(stage, story, wanted=len(targets), journal_s=EXCUSED_S)
     assert outcome.passed, [check for check in outcome.checks if not check.passed]
 
 
-def until(condition: Callable[[], bool], seconds: float = 150) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -74,12 +76,14 @@ def rival(job: Job, number: int, *arguments: str) -> Driver:
 def test_of_several_drivers_one_runs_one_is_refused_and_one_that_waits_inherits(
     stage: Stage,
 ) -> None:
-    setting = replace(stage.setting, echo_delay_s=0.6, only="prompts-0.parquet")
+    setting = replace(stage.setting, echo_delay_s=1.0, only="prompts-0.parquet")
     shared = replace(stage, setting=setting)
     job = shared.job("rivals")
     first, second, heir = rival(job, 0), rival(job, 1), rival(job, 2, "--wait")
     watcher = Watcher(job.ledger)
-    with watcher.watching():
+    with watcher.watching(), contextlib.ExitStack() as ending:
+        for driver in (first, second, heir):
+            ending.callback(driver.kill)
         for driver in (first, second):
             driver.start()
         until(lambda: first.ended() or second.ended())
@@ -97,6 +101,6 @@ def test_of_several_drivers_one_runs_one_is_refused_and_one_that_waits_inherits(
     assert shared.is_marked("rivals")
     expected, reference = shared.expected(), shared.records("reference")
     checks = judge_records(expected, reference, shared.records("rivals"))
-    repeats = find_repeats(watcher.generations, watcher.deaths, [], journal_s=JOURNAL_S)
+    repeats = find_repeats(watcher.generations, watcher.deaths, [], journal_s=EXCUSED_S)
     checks.append(judge_waste(repeats, watcher.generations))
     assert all(check.passed for check in checks), checks

@@ -70,7 +70,7 @@ def driver(cluster: LocalCluster, tmp_path: Path) -> Iterator[subprocess.Popen[b
         [sys.executable, str(tmp_path / "job.py")],
         env=environment | cluster.state.environment(),
     )
-    found = until(lambda: bool(victims.engine_processes(cluster.state, victims.WORKER)), 60)
+    found = until(lambda: bool(victims.engine_processes(cluster.state, victims.WORKER)), 200)
     yield process
     process.kill()
     process.wait()

@@ -141,7 +141,7 @@ def _config(address: str, worker: Mapping[str, Any], most: int) -> dict[str, Any
 
 
 def _wait_until_up(cluster: Autoscaled, head: processes.ProcessRecord) -> None:
-    for _ in range(300):
+    for _ in range(900):
         if "Ray runtime started" in cluster.log.read_text():
             return
         assert processes.is_alive(head), cluster.log.read_text()

@@ -67,7 +67,7 @@ def nightly(config: Path, *arguments: str, **variables: str) -> Outcome:
         capture_output=True,
         text=True,
         env=environment(**variables),
-        timeout=200,
+        timeout=400,
     )
     return done.returncode, _result(done.returncode, done.stdout, done.stderr), done.stderr
 
@@ -103,7 +103,7 @@ class RunningJob:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
 
-    def end(self, timeout_s: float = 100) -> Outcome:
+    def end(self, timeout_s: float = 300) -> Outcome:
         """Wait for the job's end."""
         stdout, _ = self.process.communicate(timeout=timeout_s)
         text = self.log.read_text()

@@ -22,7 +22,7 @@ from cluster.sample import SAMPLE_FOLDER
 from pipeline.records import OUTPUT_SCHEMA
 from tests.integration.fake_job import environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 DAYS = ("2026-11-19", "2026-11-20")
 SCANS = 20
@@ -36,7 +36,7 @@ def started(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=500,
+        timeout=900,
     )
     (line,) = done.stdout.splitlines()
     return done.returncode, json.loads(line), done.stderr

@@ -23,9 +23,9 @@ import yaml
 from pipeline.profile import load_profile
 from tests.integration.autoscaled import Autoscaled, autoscaled
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
-ROWS = 600
+ROWS = 1200  # more than one replica could end before the second is up
 WORKER = {
     "CPU": 2,
     "GPU": 8,
@@ -74,7 +74,7 @@ def run(cluster: Autoscaled, module: str, config: Path) -> tuple[int, dict[str, 
         env={**cluster.environment, "FAKE_ENGINE_DELAY_S": "4"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=400,
     )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -107,7 +107,7 @@ def test_nodes_come_for_the_replicas_that_wait_and_go_after_the_run(
     assert sorted(rows["input_row"].to_pylist()) == list(range(ROWS))
     report = json.loads((config.parent / "out" / "report.json").read_text())
     assert [replica["cold_starts"] for replica in report["replicas"]] == [1, 1]
-    until_s = time.monotonic() + 90
+    until_s = time.monotonic() + 200
     while cluster.nodes() > 1 and time.monotonic() < until_s:
         time.sleep(0.5)
     assert cluster.nodes() == 1

@@ -44,6 +44,6 @@ def test_no_thread_of_a_dataset_outlives_ray() -> None:
         env={**os.environ, "RAY_ENABLE_AUTO_CONNECT": "0"},  # as jobs do
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert (done.returncode, done.stdout) == (0, "last line\n"), done.stderr

@@ -18,9 +18,9 @@ import pytest
 
 from pipeline.profile import REPO_ROOT, load_profile, profile_names
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-VALIDATE_TIMEOUT_S = 200  # imports take 10-25 s, a config 0.1 s
+VALIDATE_TIMEOUT_S = 600  # imports take 10-25 s, a config 0.1 s
 GPU_PROFILES = [name for name in profile_names() if load_profile(name).needs.gpus]
 Case = tuple[str, dict[str, Any]]
 ONE_NODE, TWO_NODES = "maverick-fp8-8xh100", "maverick-fp8-2x8xh100"

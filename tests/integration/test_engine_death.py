@@ -28,7 +28,7 @@ from pipeline.sampling import Sampling
 from tests.chaos.corpus import MARKER_TOKENS
 from tests.chaos.fragile_engine import FragileVLLM, start_fragile_vllm
 
-pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 ENGINE_CORE = "VLLM::EngineCore"
 ROWS = 40
@@ -67,13 +67,20 @@ def texts(outcomes: dict[int, Outcome]) -> dict[int, str]:
 
 def engine_cores() -> list[psutil.Process]:
     below = psutil.Process().children(recursive=True)
-    return [process for process in below if ENGINE_CORE in " ".join(process.cmdline())]
+    return [process for process in below if ENGINE_CORE in command_line(process)]
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
 
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     start = partial(start_fragile_vllm, spec(), ledger=tmp_path_factory.mktemp("book") / "ledger")
-    limits = ReplicaLimits(stall_s=4, flush_s=0.2, row_timeout_s=120)
+    limits = ReplicaLimits(stall_s=10, flush_s=0.2, row_timeout_s=120)
     replica = Replica(start, limits, AdmissionWindow(8, 8))
     yield replica
     replica.shutdown()
@@ -165,11 +172,11 @@ def test_an_engines_processes_end_when_the_replicas_process_is_killed() -> None:
             assert process.stdout is not None
             line = next(text for text in process.stdout if text.strip().replace(" ", "").isdigit())
             left = [psutil.Process(int(pid)) for pid in line.split()]
-            assert any(ENGINE_CORE in " ".join(child.cmdline()) for child in left)
+            assert any(ENGINE_CORE in command_line(child) for child in left)
         finally:
             process.kill()
             watchdog.cancel()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 90
     while any(child.is_running() for child in left) and time.monotonic() < until:
         time.sleep(0.2)
     assert [child for child in left if child.is_running()] == []

@@ -21,7 +21,7 @@ import yaml
 
 from tests import quiz
 
-pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 DIGITS = 150
 QUESTIONS = 6
@@ -36,7 +36,7 @@ def evaluate(config: Path, *arguments: str) -> Outcome:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=500,
+        timeout=900,
     )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 

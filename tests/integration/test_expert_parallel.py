@@ -25,9 +25,9 @@ import pytest
 from pipeline.profile import REPO_ROOT
 from tests.integration.generate_tokens import MAX_TOKENS, ROWS
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
-ENGINE_TIMEOUT_S = 280  # a start takes 20-60 s, the rows a few seconds
+ENGINE_TIMEOUT_S = 600  # a start takes 20-60 s, the rows a few seconds
 SCRIPT = "tests.integration.generate_tokens"
 PLUGIN_LINE = (
     "maverick-batch: replaced CPUUnquantizedExperts.apply, Llama4UnfoldConvolution.forward, "

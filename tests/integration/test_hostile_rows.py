@@ -27,7 +27,7 @@ import yaml
 from tests.hostile import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, PLANTED, Case, cases
 from tests.variables import without_ray
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 NEIGHBOUR = "Count to 3."
 ANSWER = "1 2 3"
@@ -173,7 +173,7 @@ def _run(folder: Path, ray_folder: Path, corpus: list[Case]) -> Run:
     watch = threading.Thread(target=_watch_memory, args=(process.pid, peaks, ended))
     watch.start()
     try:
-        stdout, stderr = process.communicate(timeout=400)
+        stdout, stderr = process.communicate(timeout=900)
     finally:
         process.kill()
         ended.set()

@@ -14,7 +14,7 @@ from openai.types.completion import Completion
 from tests.integration import fake_job
 from tests.integration.fake_job import records
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 ROWS = 60
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

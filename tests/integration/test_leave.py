@@ -21,7 +21,7 @@ from cluster.local import ClusterOptions, LocalCluster
 from cluster.state import ClusterState
 from pipeline.profile import REPO_ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 ROWS = 20_000  # more than can be done until the end
 ROW_S = 4  # an engine holds what takes it three times as long, some shards nothing of it
@@ -63,8 +63,8 @@ def run(state: ClusterState, *arguments: str) -> None:
 
 
 def wait_until(ready: Callable[[], bool], why: str) -> None:
-    """Poll until ``ready``, for two minutes at most."""
-    until = time.monotonic() + 120
+    """Poll until ``ready``, for five minutes at most."""
+    until = time.monotonic() + 300
     while not ready():
         assert time.monotonic() < until, why
         time.sleep(0.2)
@@ -98,8 +98,7 @@ def test_no_row_that_an_engine_began_is_lost_or_made_twice(tmp_path: Path) -> No
 
     def engines(count: int) -> bool:
         """Whether so many have begun something."""
-        found = asked(calls)
-        return len(found) == count and all(found.values())
+        return sum(map(bool, asked(calls).values())) >= count
 
     # Each node holds one replica; of three that stay, one is left to prepare rows.
     size = ClusterOptions(nodes=3, cpus_per_node=1)

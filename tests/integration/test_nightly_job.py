@@ -34,7 +34,7 @@ from pipeline.sampling import SamplingDefaults
 from tests import prometheus
 from tests.prometheus import Prometheus
 
-pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.engine, pytest.mark.timeout(1800)]
 
 RUN = "s3://batch/runs/quickstart"
 VARYING = ["latency_s", "cached_tokens", "finished_at"]
@@ -68,7 +68,7 @@ def submit() -> tuple[int, dict[str, Any], str]:
         ],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         check=False,
     )
     log = done.stdout + done.stderr

@@ -29,7 +29,7 @@ from pipeline.lease import Lease, LeaseRecord
 from tests.lease_cases import LeaseCases, record_at
 from tests.s3_front import CUT, INTERNAL_ERROR, LOST, RESET, SLOW_DOWN, S3Front, s3_front
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 FAULTS = [SLOW_DOWN, INTERNAL_ERROR, RESET, LOST]
 

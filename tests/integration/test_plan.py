@@ -59,7 +59,7 @@ def plan(config: Path) -> tuple[int, dict[str, Any], str]:
         capture_output=True,
         text=True,
         env=fake_job.environment(),
-        timeout=200,
+        timeout=400,
     )
     (line,) = done.stdout.splitlines()
     return done.returncode, json.loads(line), done.stderr
@@ -116,7 +116,7 @@ def test_a_plan_that_is_interrupted_says_so_and_leaves_nothing(tmp_path: Path) -
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.05)
             process.send_signal(signal.SIGINT)
-            stdout, _ = process.communicate(timeout=100)
+            stdout, _ = process.communicate(timeout=300)
         finally:
             process.kill()
     result = json.loads(stdout)

@@ -21,7 +21,7 @@ from cluster.state import ClusterState
 from pipeline import storage
 from pipeline.profile import REPO_ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 INPUT = "s3://batch/preflight-input"
 OUTPUT = "s3://batch/preflight-run"
@@ -90,7 +90,7 @@ def preflight(config: Path) -> tuple[int, dict[str, Any], str]:
         [sys.executable, "-m", "cluster.preflight", "--config", str(config), "--checksums"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     (line,) = done.stdout.splitlines()
     return done.returncode, json.loads(line), done.stderr
@@ -127,7 +127,7 @@ def test_each_node_is_asked_and_the_one_fault_is_found(
 
 def test_nodes_that_are_busy_hang_die_or_fail_give_an_answer(mini_cluster: ClusterState) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ASK], capture_output=True, text=True, timeout=200, cwd=REPO_ROOT
+        [sys.executable, "-c", ASK], capture_output=True, text=True, timeout=600, cwd=REPO_ROOT
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

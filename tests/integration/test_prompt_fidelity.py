@@ -34,9 +34,9 @@ from pipeline.sampling import SamplingDefaults
 from tests.chats import CLOCK, collapse_images
 from tests.integration.chat_reference import EXACT, WAYS, requests
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
-REFERENCE_TIMEOUT_S = 280  # a start takes 20-60 s, the chats some seconds
+REFERENCE_TIMEOUT_S = 600  # a start takes 20-60 s, the chats some seconds
 MINI_MAVERICK = "mini-maverick-tp1"
 NO_BLANKS = {str(byte): -100 for byte in b"\t\n\r "}
 """The model knows no JSON: left alone, it would fill what a grammar allows with blanks."""

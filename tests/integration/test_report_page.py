@@ -79,7 +79,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         pytest.skip(f"no browser here: none of {', '.join(BROWSERS)} is on PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 

@@ -31,7 +31,7 @@ from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import SamplingDefaults
 from pipeline.structured import StructuredOutputs, violation
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 # A model that knows no JSON would put blanks where a grammar lets it, and never end.
 COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}

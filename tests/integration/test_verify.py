@@ -18,7 +18,7 @@ import yaml
 
 from jobs.sample.make import OUT
 
-pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 IMAGE_ROWS = 24
 COUNTS = 12

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.backlog import Backlog, Waiting, prefix_key
@@ -34,6 +34,7 @@ def changes(groups: Iterable[object]) -> int:
     return sum(one != other for one, other in itertools.pairwise(listed))
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 5000)), max_size=30)

@@ -20,7 +20,7 @@ def run_uri(tmp_path: Path) -> str:
 
 
 class TestLeaseOnLocalFiles(LeaseCases):
-    ttl_s: ClassVar[float] = 1.5
+    ttl_s: ClassVar[float] = 3.0
     renewal_s: ClassVar[float] = 0.2
 
     def test_it_leaves_only_the_lease_in_the_folder(self, run_uri: str) -> None:

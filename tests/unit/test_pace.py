@@ -1,6 +1,6 @@
 """Pace: when rows were finished, in few bins that add up exactly."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import ErrorCode
@@ -38,6 +38,7 @@ def test_rows_of_another_day_do_not_make_the_bins_wider() -> None:
     assert (pace.bin_s, pace.offsets) == (1, (0, 86_400, 86_401))
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(NOON, NOON + 40_000), max_size=90), max_size=6))
 def test_sums_are_those_of_all_rows_at_any_width(times: list[list[float]]) -> None:
     total = PaceSum()

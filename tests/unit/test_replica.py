@@ -69,6 +69,16 @@ class Engines:
         self.started.append(self.make())
         return self.started[-1]
 
+    def when_full(self, requests: int, act: Callable[[], object]) -> None:
+        """Do that, in a thread, once the first engine has so many requests."""
+
+        def watch() -> None:
+            while not self.started or self.started[0].running < requests:
+                time.sleep(0.01)
+            act()
+
+        threading.Thread(target=watch, daemon=True).start()
+
     def asked(self, row: int) -> int:
         """How often this row of shard 0 was put to any engine."""
         ids = [request.request_id for engine in self.started for request in engine.requests]
@@ -133,9 +143,7 @@ def test_every_row_and_sample_has_one_outcome() -> None:
 
 def test_outcomes_come_while_others_are_still_in_the_engine() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.01, slow_token=66))
-    replica = Replica(
-        engines, ReplicaLimits(flush_s=0.05, row_timeout_s=0.6), AdmissionWindow(8, 8)
-    )
+    replica = Replica(engines, ReplicaLimits(flush_s=0.5, row_timeout_s=5), AdmissionWindow(8, 8))
     batches = replica.generate(0, [row(1), row(2), row(3, token=66)])
     assert {outcome.input_row for outcome in next(batches)} == {1, 2}
     assert engines.started[0].running == 1
@@ -179,7 +187,7 @@ def test_a_refused_row_and_a_corrupt_image_cost_only_themselves() -> None:
 
 def test_a_row_over_its_time_is_aborted_in_the_engine_and_costs_only_itself() -> None:
     engines = Engines(lambda: EchoEngine(slow_token=66))
-    limits = ReplicaLimits(row_timeout_s=0.2)
+    limits = ReplicaLimits(row_timeout_s=2)
     outcomes = generate([row(1), row(2, token=66), row(3)], engines, limits, window=2)
     assert failures(outcomes) == {2: ErrorCode.TIMEOUT}
     assert engines.started[0].aborted == ["0-2-0"]
@@ -210,12 +218,9 @@ def test_several_rows_that_kill_the_engine_are_all_found() -> None:
 
 
 def test_an_engine_that_is_killed_from_outside_costs_no_row() -> None:
-    engines = Engines(lambda: EchoEngine(delay_s=0.3))
+    engines = Engines(lambda: EchoEngine(delay_s=1))
     replica = Replica(engines, ReplicaLimits(flush_s=0.05), AdmissionWindow(8, 8))
-    killer = threading.Timer(
-        0.1, lambda: replica._loop.call_soon_threadsafe(engines.started[0].kill)
-    )
-    killer.start()
+    engines.when_full(8, lambda: replica._loop.call_soon_threadsafe(engines.started[0].kill))
     outcomes = [o for batch in replica.generate(0, [row(i) for i in range(8)]) for o in batch]
     replica.shutdown()
     assert len(outcomes) == 8
@@ -253,13 +258,13 @@ def test_an_engine_that_does_not_come_back_is_the_replicas_error() -> None:
 
 
 def test_a_drain_keeps_what_finishes_in_time_and_leaves_the_rest() -> None:
-    engines = Engines(lambda: EchoEngine(delay_s=0.2, slow_token=66))
-    replica = Replica(engines, ReplicaLimits(flush_s=5), AdmissionWindow(4, 4))
+    engines = Engines(lambda: EchoEngine(delay_s=2, slow_token=66))
+    replica = Replica(engines, ReplicaLimits(flush_s=30), AdmissionWindow(4, 4))
     rows = [row(0), row(1), row(2), row(3, token=66), *(row(i) for i in range(4, 40))]
-    threading.Timer(0.1, replica.drain, args=(0.5,)).start()
+    engines.when_full(4, lambda: replica.drain(4))
     started = time.monotonic()
     outcomes = [o for batch in replica.generate(0, rows) for o in batch]
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 25
     assert {o.input_row for o in outcomes} == {0, 1, 2}
     assert engines.started[0].aborted == ["0-3-0"]
     assert list(replica.generate(1, [row(7)])) == []
@@ -269,11 +274,15 @@ def test_a_drain_keeps_what_finishes_in_time_and_leaves_the_rest() -> None:
 def test_a_later_drain_counts_if_its_time_is_up_sooner() -> None:
     engines = Engines(lambda: EchoEngine(delay_s=0.1, slow_token=66))
     replica = Replica(engines, ReplicaLimits(flush_s=5), AdmissionWindow(2, 2))
-    for after_s, grace_s in ((0.2, 60.0), (0.4, 0.5), (0.6, 60.0)):
-        threading.Timer(after_s, replica.drain, args=(grace_s,)).start()
+
+    def drain() -> None:
+        for grace_s in (60.0, 3.0, 60.0):
+            replica.drain(grace_s)
+
+    engines.when_full(2, drain)
     started = time.monotonic()
     outcomes = [o for batch in replica.generate(0, [row(0), row(1, token=66)]) for o in batch]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     assert [o.input_row for o in outcomes] == [0]
     replica.shutdown()
 
@@ -283,15 +292,15 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
 
     def start_slowly_again() -> EchoEngine:
         if engines.started:
-            time.sleep(6)
+            threading.Timer(0.2, replica.drain, args=(0.2,)).start()
+            time.sleep(12)
         return engines()
 
     replica = Replica(start_slowly_again, ReplicaLimits(flush_s=0.1), AdmissionWindow(2, 2))
     rows = [row(0), row(1), row(2), row(3, token=KILLER), row(4)]
-    threading.Timer(0.5, replica.drain, args=(0.2,)).start()
     started = time.monotonic()
     outcomes = [o for batch in replica.generate(0, rows) for o in batch]
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 10
     assert {o.input_row for o in outcomes} >= {0, 1}
     replica.shutdown()
 

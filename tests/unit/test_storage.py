@@ -302,9 +302,9 @@ def test_a_store_that_is_away_is_asked_again_until_patience_ends(
     front.otherwise = fault
     caplog.clear()
     begun = time.monotonic()
-    with storage.patience(0.4), pytest.raises(StorageUnavailableError, match="s3://bucket/folder"):
+    with storage.patience(1.0), pytest.raises(StorageUnavailableError, match="s3://bucket/folder"):
         OPERATIONS[name]("s3://bucket/folder")
-    assert 0.4 <= time.monotonic() - begun < 6
+    assert 1.0 <= time.monotonic() - begun < 20
     warnings = [record for record in caplog.records if record.name == "pipeline.faults"]
     assert len(warnings) >= 1
     assert all(record.levelno == logging.WARNING for record in warnings)
@@ -338,4 +338,4 @@ def test_nested_retries_share_one_patience(front: S3Front) -> None:
     begun = time.monotonic()
     with storage.patience(1.0), pytest.raises(StorageUnavailableError):
         storage.retrying(lambda: storage.read_bytes("s3://bucket/x"), what="read twice")
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 20

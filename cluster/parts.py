@@ -166,7 +166,6 @@ def ray_environment(state: ClusterState) -> dict[str, str]:
         **state.token_environment(),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM waits 30 s for busy actors
         "RAY_metrics_report_interval_ms": "2000",  # not 10 s: jobs here are short
-        "RAY_worker_niceness": "0",  # not 15: replicas are to answer however busy the machine is
         "RAY_JOB_STOP_WAIT_TIME_S": "45",  # else SIGKILL after 3 s; more than limits.drain_s
     }
 

@@ -39,6 +39,9 @@ SLOPE_EVERY = 4
 """The smaller of run-batch's two sizes has every fourth row: the same mix of lengths."""
 _LAST_LINES = 15
 _MARKER = "BENCH_CHILD"
+_ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+"""Off, ``vllm.LLM`` renders, schedules and computes in one thread, and is slower for it: a profile
+that turns it off means the pipeline's engine, which takes the profile's variables by itself."""
 _RAY = (Contender.RAY_LLM, Contender.RAY_LLM_TUNED)
 
 
@@ -294,7 +297,8 @@ def _child(
     log.unlink(missing_ok=True)
     marker = {_MARKER: f"{os.getpid()}-{time.monotonic_ns()}"}
     environment = {**os.environ, **prepared.profile.env, **extra, **marker}
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", _ONE_PROCESS):
+        environment.pop(name, None)
     environment |= {"PYTHONPATH": str(REPO_ROOT), "VLLM_NO_USAGE_STATS": "1"}
     started = time.monotonic()
     with log.open("wb") as output:

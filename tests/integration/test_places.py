@@ -58,7 +58,7 @@ def cluster_in(folder: str) -> Iterator[Cluster]:
     """
     (Path(folder) / "ray").mkdir()
     mode = "token" if is_token_auth_enabled() else "disabled"
-    with variables({"RAY_AUTH_MODE": mode, "RAY_TMPDIR": folder, "RAY_worker_niceness": "0"}):
+    with variables({"RAY_AUTH_MODE": mode, "RAY_TMPDIR": folder}):
         yield from started_in(folder)
 
 

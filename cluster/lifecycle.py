@@ -12,8 +12,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -56,7 +57,7 @@ class ClusterOptions:
     that it returns. Probes of the server's health go past it."""
     weed: str | None = None
     """The SeaweedFS program; None looks beside Python, then on PATH."""
-    start_timeout_s: float = 90.0
+    start_timeout_s: float = 180.0
     """For each part, to answer. A part takes 1-8 s on an idle machine."""
 
     def __post_init__(self) -> None:
@@ -262,6 +263,17 @@ class LocalCluster:
         self._wait([parts.S3], "S3 server", lambda: parts.s3_takes_objects(self.state))
 
     def _start_head(self) -> None:
+        self._run_head()
+        self._wait(
+            [parts.HEAD],
+            "Ray head",
+            lambda: parts.gcs_address(self.state) is not None,
+            again={parts.HEAD: self._run_head},
+        )
+        address = parts.gcs_address(self.state)
+        self._save(self.state.model_copy(update={"gcs_address": address}))
+
+    def _run_head(self) -> None:
         ports = tuple(free_ports(5))
         dashboard, agent, client, dashboard_metrics, autoscaler_metrics = ports
         state = self._save(self.state.model_copy(update={"dashboard_port": dashboard}))
@@ -272,21 +284,21 @@ class LocalCluster:
             state, dashboard_metrics=dashboard_metrics, autoscaler_metrics=autoscaler_metrics
         )
         self._start(parts.HEAD, command, environment, ports)
-        self._wait([parts.HEAD], "Ray head", lambda: parts.gcs_address(self.state) is not None)
-        address = parts.gcs_address(state)
-        self._save(self.state.model_copy(update={"gcs_address": address}))
 
     def _head_cpus(self) -> int:
         given = self._options.head_cpus
         return self._options.cpus_per_node if given is None else given
 
     def _start_node(self) -> str:
+        name = _next_node(self.state)
+        self._run_node(name)
+        return name
+
+    def _run_node(self, name: str) -> None:
         state = self.state
-        name = _next_node(state)
         ports = tuple(free_ports(1))
         command = parts.node_command(state, name, agent=ports[0])
         self._start(name, command, parts.ray_environment(state), ports)
-        return name
 
     def _wait_for_nodes(self, names: Sequence[str]) -> None:
         """Until the head, which must take jobs, sees all of these nodes alive."""
@@ -295,6 +307,7 @@ class LocalCluster:
             [parts.HEAD, *names],
             f"Ray nodes ({', '.join(names)})" if names else "jobs API",
             lambda: parts.jobs_api_answers(self.state) and wanted <= parts.alive_nodes(self.state),
+            again={name: partial(self._run_node, name) for name in names},
         )
         self._report(f"  dashboard and jobs API: {self.state.dashboard_url}")
 
@@ -327,13 +340,31 @@ class LocalCluster:
         recorded = {other.name: other for other in state.parts} | {name: part}  # keeps its place
         self._save(state.model_copy(update={"parts": tuple(recorded.values())}))
 
-    def _wait(self, names: Sequence[str], title: str, ready: Callable[[], bool]) -> None:
-        """Until `ready()`; fails if one of the parts ends before, or at the timeout."""
+    def _wait(
+        self,
+        names: Sequence[str],
+        title: str,
+        ready: Callable[[], bool],
+        *,
+        again: Mapping[str, Callable[[], None]] | None = None,
+    ) -> None:
+        """Until `ready()`; fails if one of the parts ends before, or at the timeout.
+
+        A part that Ray had no more patience with is started as `again` says, once.
+        """
         begun = time.monotonic()
+        left = dict(again or {})
         while not ready():
             for part in map(self.state.part, names):
-                if not processes.is_alive(part.record):
+                if processes.is_alive(part.record):
+                    continue
+                start = left.pop(part.name, None)
+                if start is None or not parts.ray_gave_up(part.log):
                     raise self._failure(part, "ended while starting")
+                self._report(f"{part.name} was not up when Ray's patience ended; once more")
+                processes.stop(self.state.part_group(part.name), grace_s=0)
+                shutil.rmtree(self.state.part_directory(part.name), ignore_errors=True)
+                start()
             if time.monotonic() - begun > self._options.start_timeout_s:
                 last = self.state.part(names[-1])
                 raise self._failure(

@@ -230,6 +230,11 @@ def alive_nodes(state: ClusterState) -> set[str]:
     return {node["node_name"] for node in listed if node["state"] == "ALIVE"}
 
 
+def ray_gave_up(log: Path) -> bool:
+    """Whether `ray start` ended as its raylet was not up within 30 s, which nobody can set."""
+    return "The current node timed out during startup" in log.read_text(errors="replace")
+
+
 def gcs_address(state: ClusterState) -> str | None:
     """The address that the head wrote down once it was up."""
     try:

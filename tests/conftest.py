@@ -1,6 +1,5 @@
 """Fixtures that more than one module uses: a mini-cluster shared by the whole session."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,10 +7,7 @@ import pytest
 from cluster.lifecycle import LocalCluster
 from cluster.state import ClusterState
 from tests.integration import fake_job
-from tests.variables import NICENESS, variables
-
-# Ray's 15 leaves its actors hardly any time beside a module whose engine is no worker of Ray's
-os.environ[NICENESS] = "0"
+from tests.variables import variables
 
 
 @pytest.fixture(scope="session")

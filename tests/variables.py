@@ -4,16 +4,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-NICENESS = "RAY_worker_niceness"
-
 
 def without_ray() -> dict[str, str]:
     """The environment without what makes Ray's processes use, or ask for, another cluster's."""
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith("RAY_") or key == NICENESS
-    }
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
 
 @contextmanager

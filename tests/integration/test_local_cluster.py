@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from botocore.session import Session
 from cluster import processes
 from cluster import state as states
 from cluster.local import ClusterOptions, LocalCluster
-from cluster.state import MARKER, ClusterState
+from cluster.state import MARKER, PART_MARKER, ClusterState
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -251,6 +252,33 @@ def test_a_submitted_job_sees_all_nodes_and_the_bucket(
 def test_the_jobs_api_refuses_a_wrong_token(cluster: LocalCluster) -> None:
     wrong = cluster.state.model_copy(update={"token": "0" * 64})
     assert submit(wrong, "--", "echo", "hello").returncode != 0
+
+
+def test_a_node_that_ray_has_no_more_patience_with_is_started_once_more(
+    cluster: LocalCluster,
+) -> None:
+    before = cluster.state
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(cluster.add_node)
+        wait_until(lambda: raylets(cluster, "node-3") or adding.done())
+        (slow,) = raylets(cluster, "node-3")
+        slow.suspend()
+        assert adding.result() == "node-3"
+    assert not runs(slow.pid)
+    wait_until(lambda: cluster.status().healthy)
+    assert [part.name for part in cluster.state.parts] == [
+        *(part.name for part in before.parts),
+        "node-3",
+    ]
+
+
+def raylets(cluster: LocalCluster, node: str) -> list[psutil.Process]:
+    found = []
+    for process in marked(cluster.state.cluster_id):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and process.environ().get(PART_MARKER) == node:
+                found.append(process)
+    return found
 
 
 def test_up_again_keeps_every_process(cluster: LocalCluster) -> None:

@@ -30,6 +30,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,10 +56,11 @@ UV_ARGUMENTS = {
     "trusted-host": "--allow-insecure-host",
 }
 UV_VARIABLES = {
-    "cert": "SSL_CERT_FILE",
-    "proxy": "ALL_PROXY",
-    "timeout": "UV_HTTP_TIMEOUT",
-    "default-timeout": "UV_HTTP_TIMEOUT",
+    "cert": ("SSL_CERT_FILE",),
+    "client-cert": ("SSL_CLIENT_CERT",),
+    "proxy": ("HTTP_PROXY", "HTTPS_PROXY"),
+    "timeout": ("UV_HTTP_TIMEOUT",),
+    "default-timeout": ("UV_HTTP_TIMEOUT",),
 }
 
 
@@ -129,15 +131,18 @@ def index_answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
             return True
-    except urllib.error.HTTPError:
-        return True  # it answered; a listing may be refused where packages are served
+    except urllib.error.HTTPError as error:
+        return error.code < 500  # a listing may be refused where packages are served
     except OSError:
         return False
 
 
 def make_venv() -> None:
-    """Create ``.venv`` unless a working one of the right Python is there."""
-    if PYTHON.exists() and _version_of(PYTHON) == NEEDED:
+    """Create ``.venv`` unless one of the right Python is there, whose installation came to its end.
+
+    One that was interrupted cannot be gone on with: uv takes what it finds for whole.
+    """
+    if STAMP.exists() and PYTHON.exists() and _version_of(PYTHON) == NEEDED:
         return
     print(f"making {VENV}")
     command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
@@ -153,13 +158,16 @@ def _version_of(python: Path) -> tuple[int, ...] | None:
 
 
 def pip_settings(listing: str) -> dict[str, str]:
-    """Settings by name from the output of ``pip config list``; the environment's go first."""
+    """Settings by name from the output of ``pip config list``.
+
+    The environment's go first, and empty ones count for nothing, as for pip.
+    """
     found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
         section, _, key = name.partition(".")
-        if section in found:
-            found[section][key] = ast.literal_eval(value)
+        if section in found and (setting := ast.literal_eval(value).strip()):
+            found[section][key] = setting
     return {**found["global"], **found["install"], **found[":env:"]}
 
 
@@ -168,12 +176,28 @@ def uv_arguments(settings: dict[str, str]) -> list[str]:
     arguments = [
         part
         for key, argument in UV_ARGUMENTS.items()
-        for value in settings.get(key, "").split()
+        for value in map(os.path.expanduser, settings.get(key, "").split())
+        if key != "find-links" or "://" in value or Path(value).exists()  # pip lets that pass
         for part in (argument, value)
     ]
-    if settings.get("no-index", "").lower() in ("1", "yes", "true", "on"):
+    if settings.get("no-index", "").lower() in ("1", "y", "yes", "t", "true", "on"):
         arguments.append("--no-index")
+    if "no-cache-dir" in settings:
+        arguments.append("--no-cache")
     return arguments
+
+
+def uv_environment(settings: dict[str, str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with what pip is told of certificates, proxy and patience."""
+    bundle = environment.get("REQUESTS_CA_BUNDLE") or environment.get("CURL_CA_BUNDLE")
+    found = {"SSL_CERT_FILE": bundle} if bundle else {}
+    found |= {
+        name: settings[key]
+        for key, names in UV_VARIABLES.items()
+        if key in settings
+        for name in names
+    }
+    return {**environment, **found}
 
 
 def install_packages(extra: str, wanted: str) -> None:
@@ -181,11 +205,16 @@ def install_packages(extra: str, wanted: str) -> None:
     lines = CONSTRAINTS.read_text("utf-8").splitlines()
     (uv,) = (line for line in lines if line.startswith("uv=="))
     pip = [str(PYTHON), "-m", "pip"]
-    _run([*pip, "install", "--quiet", uv], dict(os.environ), index_reachable=True)
+    _run([*pip, "install", "--quiet", uv], dict(os.environ), may_lack_torch=False)
 
-    listed = subprocess.run([*pip, "config", "list"], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        [*pip, "config", "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PIP_QUIET": "0"},  # else it may print nothing
+    )
     settings = pip_settings(listed.stdout)
-    variables = {name: settings[key] for key, name in UV_VARIABLES.items() if key in settings}
     direct = direct_dependencies(PROJECT.read_text("utf-8")) if extra == "gpu" else None
     pins = VENV / "constraints.txt"
     pins.write_text("\n".join(select_constraints(lines, direct)))
@@ -199,22 +228,28 @@ def install_packages(extra: str, wanted: str) -> None:
     elif extra == "cpu":
         print(f"{TORCH_CPU_INDEX} does not answer: torch comes from pip's own settings")
     print(f"installing the project and its packages ({extra}); uv's words: {LOG}")
-    _run(command, {**variables, **os.environ}, index_reachable=reachable)
+    environment = uv_environment(settings, os.environ)
+    _run(command, environment, may_lack_torch=extra == "cpu" and not reachable)
 
 
-def _run(command: list[str], environment: dict[str, str], *, index_reachable: bool) -> None:
+def _run(command: list[str], environment: dict[str, str], *, may_lack_torch: bool) -> None:
     with LOG.open("w", encoding="utf-8") as log:
         done = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
         )
     if done.returncode != 0:
-        raise InstallError(explain_failure(LOG.read_text("utf-8"), index_reachable=index_reachable))
+        raise InstallError(explain_failure(LOG.read_text("utf-8"), may_lack_torch=may_lack_torch))
 
 
-def explain_failure(log: str, *, index_reachable: bool) -> str:
-    """Return the last lines, and the remedy where the CPU build of torch was not found."""
+def explain_failure(log: str, *, may_lack_torch: bool) -> str:
+    """Return the last lines, and the remedy where the CPU build of torch may not have been found.
+
+    Args:
+        log: what the program printed.
+        may_lack_torch: whether the index that has the CPU build was out of reach.
+    """
     message = f"the packages could not be installed (all words: {LOG}):\n{tail(log)}"
-    if "no version of torch==2.13.0" in log and not index_reachable:
+    if may_lack_torch and re.search(r"no version of torch==|torch was not found", log):
         message += (
             f"\nvllm-cpu needs the CPU build of torch, which {TORCH_CPU_INDEX} has. Make it "
             "reachable, or set PIP_FIND_LINKS to a folder with the wheel."

@@ -306,6 +306,9 @@ def _broken(
             result = _with_all_parts(job, result, known)
             lease.confirm()
             write_report(result, job.run.manifest, _money(job, result))
+    except LeaseLostError:
+        log.error("the run had stopped: %s", error)  # nobody else tells
+        raise
     except StorageError as failure:  # perhaps what stopped the run; that is what is told
         log.warning("no report could be written: %s", failure)
     return result

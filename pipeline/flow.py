@@ -69,7 +69,7 @@ _REPORT_S = 5.0
 """Of ``drain_s``, what is left for Ray's shutdown and the report."""
 _LAST_JOURNAL_S = 4.0
 """Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
-_DATASETS_END_S = 10.0
+_DATASETS_END_S = 5.0
 """What Ray Data gets to end what it is at."""
 _RAY_ADVICE = "\nFailed to "
 """How the advice begins that Ray Data appends to the message of whatever a step raises."""

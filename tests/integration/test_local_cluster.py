@@ -26,7 +26,7 @@ from botocore.session import Session
 from cluster import processes
 from cluster import state as states
 from cluster.local import ClusterOptions, LocalCluster
-from cluster.state import MARKER, PART_MARKER, ClusterState
+from cluster.state import MARKER, ClusterState
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -257,28 +257,29 @@ def test_the_jobs_api_refuses_a_wrong_token(cluster: LocalCluster) -> None:
 def test_a_node_that_ray_has_no_more_patience_with_is_started_once_more(
     cluster: LocalCluster,
 ) -> None:
-    before = cluster.state
-    with ThreadPoolExecutor(1) as pool:
-        adding = pool.submit(cluster.add_node)
-        wait_until(lambda: raylets(cluster, "node-3") or adding.done())
-        (slow,) = raylets(cluster, "node-3")
-        slow.suspend()
-        assert adding.result() == "node-3"
-    assert not runs(slow.pid)
+    while True:
+        number = len(cluster.state.parts) - 1
+        with ThreadPoolExecutor(1) as pool:
+            adding = pool.submit(cluster.add_node)
+            while not (found := raylets(cluster, f"node-{number}")):
+                assert not adding.done()
+                time.sleep(0.01)
+            found[0].suspend()
+            assert adding.result() == f"node-{number}"
+        if not runs(found[0].pid):
+            break
+        found[0].resume()  # it was up before it was suspended: another
     wait_until(lambda: cluster.status().healthy)
-    assert [part.name for part in cluster.state.parts] == [
-        *(part.name for part in before.parts),
-        "node-3",
-    ]
+    names = [part.name for part in cluster.state.parts]
+    assert names == ["s3", "head", *(f"node-{one}" for one in range(1, number + 1))]
 
 
 def raylets(cluster: LocalCluster, node: str) -> list[psutil.Process]:
-    found = []
-    for process in marked(cluster.state.cluster_id):
-        with contextlib.suppress(psutil.Error):
-            if process.name() == "raylet" and process.environ().get(PART_MARKER) == node:
-                found.append(process)
-    return found
+    records = [part.record for part in cluster.state.parts if part.name == node]
+    with contextlib.suppress(psutil.Error):
+        below = [psutil.Process(one.pid).children(recursive=True) for one in records]
+        return [process for found in below for process in found if process.name() == "raylet"]
+    return []
 
 
 def test_up_again_keeps_every_process(cluster: LocalCluster) -> None:

@@ -498,7 +498,7 @@ def test_a_hundred_thousand_finished_shards_are_planned_in_seconds(tmp_path: Pat
     measured = json.loads(done.stdout)
     print(measured)
     assert (measured["done"], measured["pending"]) == (shards, 0)
-    assert measured["seconds"] < 60
+    assert measured["seconds"] < 120
     assert measured["peak_mb"] < 300
 
 

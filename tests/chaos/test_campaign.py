@@ -6,7 +6,6 @@ The driver here is a small program; real jobs under fire are in test_short_chaos
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -19,13 +18,7 @@ from tests.chaos.ledger import Generation, Ledger, LedgerReader
 from tests.chaos.run import check_rows, draw_victims, kinds_for, strike_rows, to_markdown
 from tests.chaos.stage import Outcome
 from tests.chaos.victims import Victim
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+from tests.waiting import wait_until
 
 
 def generation(at: float, *, pid: int = 1, started: float = 1.0, engine: int = 10) -> Generation:
@@ -92,10 +85,7 @@ def job(tmp_path: Path, code: str) -> Job:
 
 
 def wait(driver: Driver) -> None:
-    deadline = time.monotonic() + 20
-    while not driver.ended():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(driver.ended, 20)
 
 
 def test_a_driver_is_started_again_and_each_end_is_on_record(tmp_path: Path) -> None:
@@ -126,11 +116,11 @@ def test_the_death_of_a_process_that_wrote_is_noted_once(tmp_path: Path) -> None
     with watcher.watching():
         ledger.write(generation(1, pid=writer[0], started=writer[1]))
         ledger.write(generation(1, pid=writer[0], started=5.0))
-        until(lambda: len(watcher.generations) == 2 and bool(watcher.deaths))
+        wait_until(lambda: len(watcher.generations) == 2 and bool(watcher.deaths))
         assert set(watcher.deaths) == {(writer[0], 5.0)}  # a pid that was used before
         killed = time.time()
         driver.kill()
-        until(lambda: writer in watcher.deaths)
+        wait_until(lambda: writer in watcher.deaths)
     assert 0 <= watcher.deaths[writer] - killed < 20
     assert len(watcher.generations) == 2
     ledger.close()

@@ -6,7 +6,7 @@ a real engine's processes, which `make chaos` kills too.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,6 +16,7 @@ from tests.chaos.corpus import make_corpus
 from tests.chaos.judge import find_repeats, judge_records, judge_waste
 from tests.chaos.stage import Setting, Stage, judge_run, set_stage
 from tests.chaos.victims import Victim
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -59,13 +60,6 @@ def test_a_run_under_fire_keeps_every_promise(stage: Stage) -> None:
     assert outcome.passed, [check for check in outcome.checks if not check.passed]
 
 
-def until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def rival(job: Job, number: int, *arguments: str) -> Driver:
     """One more driver of the same run, with logs of its own."""
     folder = job.folder / f"driver-{number}"
@@ -86,17 +80,17 @@ def test_of_several_drivers_one_runs_one_is_refused_and_one_that_waits_inherits(
             ending.callback(driver.kill)
         for driver in (first, second):
             driver.start()
-        until(lambda: first.ended() or second.ended())
+        wait_until(lambda: first.ended() or second.ended(), 300)
         refused, owner = (first, second) if first.exits else (second, first)
         assert refused.exits == [1]
         assert "another driver" in str(refused.results)
-        until(lambda: bool(watcher.generations))
+        wait_until(lambda: bool(watcher.generations), 300)
         heir.start()
         time.sleep(8)  # it is up, and sees that the owner lives
         assert not heir.ended()
         assert not owner.ended()
         owner.kill()
-        until(heir.ended)
+        wait_until(heir.ended, 300)
     assert heir.exits == [0], heir.results
     assert shared.is_marked("rivals")
     expected, reference = shared.expected(), shared.records("reference")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from cluster import processes
 from cluster import state as states
 from cluster.local import ClusterOptions, LocalCluster
 from cluster.state import MARKER, ClusterState
+from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -136,13 +137,6 @@ def leaves_nothing(state: ClusterState, seen: list[psutil.Process]) -> None:
     assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 200) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
-
-
 def client(state: ClusterState, **changed: str) -> Any:
     return Session().create_client(
         "s3",
@@ -157,7 +151,7 @@ def client(state: ClusterState, **changed: str) -> Any:
 
 
 def test_status_says_that_all_parts_are_alive_and_answer(cluster: LocalCluster) -> None:
-    wait_until(lambda: cluster.status().healthy)
+    wait_until(lambda: cluster.status().healthy, 200)
     printed = run("status", cluster.folder, "--json")
     status = json.loads(printed.stdout)
     assert printed.returncode == 0
@@ -223,7 +217,7 @@ def test_a_killed_s3_server_comes_back_at_the_same_place_with_its_objects(
     with pytest.raises(EndpointConnectionError):
         s3.list_objects_v2(Bucket="batch")
     cluster.start_s3()
-    wait_until(lambda: cluster.status().healthy)
+    wait_until(lambda: cluster.status().healthy, 200)
     after = cluster.state
     assert after.part("s3").ports == before.part("s3").ports
     assert after.part("s3").record.pid != before.part("s3").record.pid
@@ -269,7 +263,7 @@ def test_a_node_that_ray_has_no_more_patience_with_is_started_once_more(
         if not runs(found[0].pid):
             break
         found[0].resume()  # it was up before it was suspended: another
-    wait_until(lambda: cluster.status().healthy)
+    wait_until(lambda: cluster.status().healthy, 200)
     names = [part.name for part in cluster.state.parts]
     assert names == ["s3", "head", *(f"node-{one}" for one in range(1, number + 1))]
 
@@ -298,7 +292,7 @@ def test_a_broken_cluster_is_replaced_and_down_ends_what_jobs_started(
     job, note = tmp_path / "job.py", tmp_path / "pids"
     job.write_text(textwrap.dedent(ESCAPES))
     assert submit(first, "--no-wait", "--", "python", str(job), str(note)).returncode == 0
-    wait_until(lambda: note.exists() and note.read_text())
+    wait_until(lambda: note.exists() and note.read_text(), 200)
     seen = processes.find(cluster.state.group)
     assert {int(pid) for pid in note.read_text().split()} <= {one.pid for one in seen}
 
@@ -311,7 +305,7 @@ def test_a_broken_cluster_is_replaced_and_down_ends_what_jobs_started(
     os.kill(first.part("head").record.pid, signal.SIGKILL)  # what it leaves are orphans
     second = cluster.up()
     assert second.cluster_id != first.cluster_id
-    wait_until(lambda: cluster.status().healthy)
+    wait_until(lambda: cluster.status().healthy, 200)
     leaves_nothing(first, seen)
 
     seen = processes.find(second.group)
@@ -328,7 +322,7 @@ def test_an_interrupted_up_leaves_nothing(folder: Path, number: signal.Signals) 
         state = states.load(folder)
         return len(state.parts) if state else 0
 
-    wait_until(lambda: parts() == 2)
+    wait_until(lambda: parts() == 2, 200)
     time.sleep(0.5)  # into the head's own start
     state = states.load(folder)
     assert state is not None

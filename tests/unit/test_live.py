@@ -16,6 +16,7 @@ from pipeline.live import About, LiveRun
 from pipeline.progress import Tally
 from pipeline.report import Result, RunStatus, Totals, total
 from pipeline.roster import Snapshot
+from tests.waiting import wait_until
 
 ROWS = 100
 EARLIER = PartStats(
@@ -77,13 +78,6 @@ def progress(folder: Path) -> dict[str, Any]:
 def entry(folder: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((folder / "runs/_index/night.json").read_text())
     return document
-
-
-def wait_until(ready: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def told(folder: Path, key: str) -> object:

@@ -17,6 +17,7 @@ import pytest
 
 from cluster import processes
 from cluster.processes import Group, ProcessRecord
+from tests.waiting import wait_until
 
 MARKER = {"TEST_GROUP": f"group-{os.getpid()}"}
 SLEEP = "import time; time.sleep(60)"
@@ -94,13 +95,6 @@ def runs(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 def pids(group: Group) -> set[int]:

@@ -32,8 +32,12 @@ _TEMPORARY_ROOT = Path("/tmp")  # not the system's choice: paths of Ray's socket
 _TEMPORARY_PREFIX = "mv-"
 _ATTEMPTS = 2
 _POLL_S = 0.1
-_BUSY_S = 20.0
+_BUSY_S = 60.0
 """How long the parts of a cluster that runs may keep `up` waiting for an answer."""
+_RESTARTS = 3
+"""Of a part that Ray had no more patience with."""
+_FORGOTTEN_S = 60.0
+"""Within which the head notices that a killed node is gone: by Ray's defaults some 20 s."""
 _LOG_LINES = 15
 
 logger = logging.getLogger(__name__)
@@ -226,8 +230,11 @@ class LocalCluster:
             self._save(self._new_state())
         self._start_s3(weed)
         self._start_head()
-        names = [self._start_node() for _ in range(self._options.nodes)]
-        self._wait_for_nodes(names)
+        if self._options.nodes == 0:
+            self._wait_for_nodes([])
+        for _ in range(self._options.nodes):  # in turns: together they outlast Ray's patience
+            self._wait_for_nodes([self._start_node()])
+        self._report(f"  dashboard and jobs API: {self.state.dashboard_url}")
 
     def _new_state(self) -> ClusterState:
         logs = self.folder / "logs"
@@ -274,11 +281,16 @@ class LocalCluster:
         self._save(self.state.model_copy(update={"gcs_address": address}))
 
     def _run_head(self) -> None:
-        ports = tuple(free_ports(5))
-        dashboard, agent, client, dashboard_metrics, autoscaler_metrics = ports
+        ports = tuple(free_ports(6))
+        dashboard, agent, environments, client, dashboard_metrics, autoscaler_metrics = ports
         state = self._save(self.state.model_copy(update={"dashboard_port": dashboard}))
         command = parts.head_command(
-            state, cpus=self._head_cpus(), dashboard=dashboard, agent=agent, client=client
+            state,
+            cpus=self._head_cpus(),
+            dashboard=dashboard,
+            agent=agent,
+            environments=environments,
+            client=client,
         )
         environment = parts.head_environment(
             state, dashboard_metrics=dashboard_metrics, autoscaler_metrics=autoscaler_metrics
@@ -300,6 +312,13 @@ class LocalCluster:
         command = parts.node_command(state, name, agent=ports[0])
         self._start(name, command, parts.ray_environment(state), ports)
 
+    def _run_node_again(self, name: str) -> None:
+        """Once the head knows that its predecessor is gone, which it would take for it."""
+        deadline = time.monotonic() + _FORGOTTEN_S
+        while name in parts.alive_nodes(self.state) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        self._run_node(name)
+
     def _wait_for_nodes(self, names: Sequence[str]) -> None:
         """Until the head, which must take jobs, sees all of these nodes alive."""
         wanted = {parts.HEAD, *names}
@@ -307,9 +326,8 @@ class LocalCluster:
             [parts.HEAD, *names],
             f"Ray nodes ({', '.join(names)})" if names else "jobs API",
             lambda: parts.jobs_api_answers(self.state) and wanted <= parts.alive_nodes(self.state),
-            again={name: partial(self._run_node, name) for name in names},
+            again={name: partial(self._run_node_again, name) for name in names},
         )
-        self._report(f"  dashboard and jobs API: {self.state.dashboard_url}")
 
     def _add_node(self) -> str:
         before = self.state
@@ -350,21 +368,22 @@ class LocalCluster:
     ) -> None:
         """Until `ready()`; fails if one of the parts ends before, or at the timeout.
 
-        A part that Ray had no more patience with is started as `again` says, once.
+        A part that Ray had no more patience with is started as `again` says, `_RESTARTS` times.
         """
         begun = time.monotonic()
-        left = dict(again or {})
+        restarts = again or {}
+        left = dict.fromkeys(restarts, _RESTARTS)
         while not ready():
             for part in map(self.state.part, names):
                 if processes.is_alive(part.record):
                     continue
-                start = left.pop(part.name, None)
-                if start is None or not parts.ray_gave_up(part.log):
+                if not left.get(part.name) or not parts.ray_gave_up(part.log):
                     raise self._failure(part, "ended while starting")
+                left[part.name] -= 1
                 self._report(f"{part.name} was not up when Ray's patience ended; once more")
                 processes.stop(self.state.part_group(part.name), grace_s=0)
                 shutil.rmtree(self.state.part_directory(part.name), ignore_errors=True)
-                start()
+                restarts[part.name]()
             if time.monotonic() - begun > self._options.start_timeout_s:
                 last = self.state.part(names[-1])
                 raise self._failure(
@@ -403,12 +422,13 @@ class LocalCluster:
 
 def _is_healthy(state: ClusterState) -> bool:
     """Whether all is well, given time: a busy cluster answers late, and must not be replaced."""
-    deadline = time.monotonic() + _BUSY_S
+    begun = time.monotonic()
     while True:
+        looked = time.monotonic()
         status = look(state)
         if status.healthy or not all(part.alive for part in status.parts):
             return status.healthy
-        if time.monotonic() > deadline:
+        if looked - begun > _BUSY_S:
             return False
         time.sleep(_POLL_S)
 

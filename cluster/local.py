@@ -79,7 +79,7 @@ def _run(command: str, cluster: LocalCluster, *, as_json: bool) -> int:
         print(json.dumps({"stopped": found}) if as_json else text)
         return 0
     if command == "up":
-        cluster.up()
+        cluster.up()  # raises where it is not up
     elif states.load(cluster.folder) is None and as_json:
         print(json.dumps({"healthy": False, "parts": []}))
         return 1
@@ -88,7 +88,7 @@ def _run(command: str, cluster: LocalCluster, *, as_json: bool) -> int:
         print(json.dumps(asdict(status)))
     else:
         _print_status(status)
-    return 0 if status.healthy else 1
+    return 0 if status.healthy or command == "up" else 1
 
 
 def _print_status(status: ClusterStatus) -> None:

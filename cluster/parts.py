@@ -35,7 +35,7 @@ _WEED_PORTS = (
     *("admin.port", "admin.port.grpc"),
 )
 """Its options for ports, in the order in which they are recorded; S3's is the first."""
-_PROBE_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 20.0
 _PROBE_KEY = "_probe"
 
 
@@ -103,15 +103,26 @@ def weed_sockets(port: int) -> list[Path]:
 
 
 def head_command(
-    state: ClusterState, *, cpus: int, dashboard: int, agent: int, client: int
+    state: ClusterState, *, cpus: int, dashboard: int, agent: int, environments: int, client: int
 ) -> list[str]:
-    """The Ray head, with dashboard and jobs API on loopback."""
+    """The Ray head, with dashboard and jobs API on loopback.
+
+    Args:
+        state: of the cluster.
+        cpus: what it offers to Ray.
+        dashboard: port of the dashboard.
+        agent: port of the head's own agent.
+        environments: port of its agent for runtime environments. Told none, Ray's client server
+            asks the head's node for it, and takes the head down if that is not up within 30 s.
+        client: port of the client server.
+    """
     return [
         *_ray_start(state, HEAD, cpus=cpus, agent=agent),
         "--head",
         "--port=0",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
+        f"--runtime-env-agent-port={environments}",
         f"--ray-client-server-port={client}",
         "--disable-usage-stats",
     ]
@@ -146,6 +157,14 @@ def metrics_targets(state: ClusterState) -> Path:
     return ray_directory(state, HEAD) / "prom_metrics_service_discovery.json"
 
 
+START_LIMITS = {
+    "RAY_gcs_server_port_wait_time_s": "180",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180",
+}
+"""Of what starts with a head, in seconds: Ray's own 30 to 60 are few where all share two cores."""
+
+
 def part_environment(state: ClusterState, name: str, own: Mapping[str, str]) -> dict[str, str]:
     """This process's environment, made safe and marked, with what a part needs on top."""
     binaries = str(Path(sys.executable).parent)
@@ -166,7 +185,8 @@ def ray_environment(state: ClusterState) -> dict[str, str]:
         **state.token_environment(),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM waits 30 s for busy actors
         "RAY_metrics_report_interval_ms": "2000",  # not 10 s: jobs here are short
-        "RAY_JOB_STOP_WAIT_TIME_S": "45",  # else SIGKILL after 3 s; more than limits.drain_s
+        "RAY_JOB_STOP_WAIT_TIME_S": "180",  # else SIGKILL after 3 s; more than limits.drain_s
+        **START_LIMITS,
     }
 
 

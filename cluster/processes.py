@@ -29,8 +29,8 @@ GRACE_S = 3.0
 """Between SIGTERM and SIGKILL; a Ray node ends in 1-2 s when it need not drain."""
 TRACKER_GRACE_S = 10.0
 """What multiprocessing's resource trackers get to unlink the shared memory of the killed."""
-KILL_TIMEOUT_S = 10.0
-"""SIGKILL acts at once; more is a process stuck in the kernel."""
+KILL_TIMEOUT_S = 60.0
+"""SIGKILL acts at once; more is a process stuck in the kernel, or a machine that stood still."""
 _POLL_S = 0.1
 _SAME_START_S = 0.05
 """Start times count in clock ticks of 10 ms."""

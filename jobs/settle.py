@@ -110,7 +110,7 @@ def settle(
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
     prices = load_prices(config.prices)
     found = _find_input(config, new_run=options.new_run)
-    check_place(config, found.roots)
+    check_place(config, found.searched)
     deadline = config.limits.deadline
 
     def look() -> Run:

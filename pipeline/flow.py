@@ -19,11 +19,11 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
+import psutil
 import pyarrow as pa
 import ray
 from ray.data import DataContext
@@ -69,8 +69,10 @@ _REPORT_S = 5.0
 """Of ``drain_s``, what is left for Ray's shutdown and the report."""
 _LAST_JOURNAL_S = 4.0
 """Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
-_DATASETS_END_S = 5.0
+_DATASETS_END_S = 15.0
 """What Ray Data gets to end what it is at."""
+_STARTS_HERE = 3
+"""Of Ray in this process, which may be slow to come up."""
 _RAY_ADVICE = "\nFailed to "
 """How the advice begins that Ray Data appends to the message of whatever a step raises."""
 _CONNECT_S = 3.0
@@ -153,22 +155,40 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
         EngineError: Ray does not start here; the machine may be too busy.
     """
     address = os.environ.get("RAY_ADDRESS") or _IN_PROCESS
-    options: dict[str, Any] = {}
     if address == _IN_PROCESS:
-        options = {"num_cpus": local_cpus, "include_dashboard": False}
+        _start_here(local_cpus)
     else:
         _check_answers(address)
-    try:
-        ray.init(address=address, logging_level=logging.WARNING, **options)
-    except Exception as error:  # Ray raises a bare Exception when a start times out
-        if address == _IN_PROCESS:
-            raise EngineError(f"Ray could not be started on this machine: {error}") from error
-        raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except Exception as error:
+            raise CapacityError(f"cannot use the Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
         end_datasets(_DATASETS_END_S)
         ray.shutdown()
+
+
+def _start_here(cpus: int) -> None:
+    """Ray gives what it starts 30 s, which is little where a machine starts much at once."""
+    for attempt in range(1, _STARTS_HERE + 1):
+        before = set(psutil.Process().children(recursive=True))
+        try:
+            ray.init(
+                address=_IN_PROCESS,
+                logging_level=logging.WARNING,
+                num_cpus=cpus,
+                include_dashboard=False,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception when a start times out
+            for process in set(psutil.Process().children(recursive=True)) - before:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if attempt == _STARTS_HERE:
+                raise EngineError(f"Ray could not be started on this machine: {error}") from error
+            log.warning("Ray did not start on this machine, and is tried again: %s", error)
 
 
 def _check_answers(address: str) -> None:

@@ -179,7 +179,7 @@ class Lease:
             return
         self._stop.set()
         try:
-            with storage.patience(self._renewal_s):
+            with storage.patience(max(self._renewal_s, RENEWAL_S)):
                 self._replace(LeaseState.RELEASED)
         except StorageError as error:
             logger.warning("the lease could not be released and goes stale: %s", error)

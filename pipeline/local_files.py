@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+_LOCKED_S = 10.0
+"""A lock is held for some milliseconds."""
+_POLL_S = 0.005
 
 
 def put(path: str, data: bytes, *, publish: Callable[[Path, Path], None]) -> None:
@@ -45,11 +50,15 @@ def remove_empty_folders(path: str) -> None:
 
 @contextmanager
 def locked(path: str) -> Iterator[None]:
-    """Alone with the local file ``path``, among all that take this lock; leaves no lock file."""
+    """Alone with the local file ``path``, among all that take this lock; leaves no lock file.
+
+    Raises:
+        BlockingIOError: another process has it and stands still; that may pass.
+    """
     lock = Path(path).with_name(f".{Path(path).name}.lock")
     while True:
         with lock.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             try:
                 current = lock.stat().st_ino == os.fstat(file.fileno()).st_ino
             except FileNotFoundError:
@@ -61,3 +70,16 @@ def locked(path: str) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
             return
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Not by a call that blocks: it would wait for ever for a process that is suspended."""
+    until = time.monotonic() + _LOCKED_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(_POLL_S)

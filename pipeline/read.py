@@ -99,6 +99,8 @@ class Input:
     columns: InputColumns
     roots: tuple[str, ...]
     """The folders of the URIs that were given; relative image URIs start at the first."""
+    searched: tuple[str, ...]
+    """Those of them that the next run looks through again: not the folders of single files."""
     offsets: Mapping[str, Offsets]
     """Where the rows start of each JSONL file that was scanned."""
     names: frozenset[str] = frozenset()
@@ -158,10 +160,12 @@ def open_input(
     _check_one_form(entries)
     roots = {uri: input_root(uri, listed[uri][0].uri) for uri in given}
     folders = tuple(dict.fromkeys(roots.values()))
+    single = {uri for uri in given if storage.absolute(uri).rstrip("/") == listed[uri][0].uri}
+    searched = tuple(dict.fromkeys(roots[uri] for uri in given if uri not in single))
     if is_jsonl(entries[0].uri):
         columns = _jsonl_columns(entries[0].uri, renamed, carry, template)
         files, offsets = _look_at_lines(entries, planned)
-        return Input(files, columns, folders, offsets)
+        return Input(files, columns, folders, searched, offsets)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, entries))
     partitions = {
@@ -173,7 +177,7 @@ def open_input(
     files = tuple(file for file, _ in footers)
     columns = _settle_columns(schemas, renamed, carry, template)
     names = frozenset(name for schema in schemas.values() for name in schema.names)
-    return Input(files, columns, folders, {}, names)
+    return Input(files, columns, folders, searched, {}, names)
 
 
 def _list(uri: str) -> list[storage.FileEntry]:

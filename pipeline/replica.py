@@ -419,14 +419,16 @@ class Replica:
     async def _watch(self) -> None:
         """End an engine that has requests inside and stands still."""
         last: tuple[_Life | None, int] = (None, 0)
-        since = time.monotonic()
+        since = looked = time.monotonic()
         while True:
             await asyncio.sleep(self._limits.stall_s / _CHECKS_PER_STALL)
             life = self._life
             seen = (life, life.steps if life else 0)
-            if life is None or not life.busy or seen != last:
-                last, since = seen, time.monotonic()
-            elif time.monotonic() - since > self._limits.stall_s:
+            now = time.monotonic()
+            late, looked = now - looked > self._limits.stall_s / 2, now
+            if life is None or not life.busy or seen != last or late:  # late: all stood still
+                last, since = seen, now
+            elif now - since > self._limits.stall_s:
                 life.end(EngineError(f"no progress for {self._limits.stall_s:g} s"))
 
 

@@ -99,10 +99,11 @@ class Roster:
         self._last_error: str | None = None
         self._drain_until: float | None = None
         self._looked: float | None = None
+        self._called = clock()
 
     def beat(self, pulse: Pulse) -> Order:
         """A replica's pulse, answered by what it shall do."""
-        now = self._clock()
+        now = self._now()
         if pulse.process not in self._processes:
             self._processes.add(pulse.process)
             self._starts_without_progress += 1
@@ -120,7 +121,7 @@ class Roster:
 
     def look(self) -> Snapshot:
         """The driver's look, which also tells that it is there."""
-        now = self._looked = self._clock()
+        now = self._looked = self._now()
         running = [p.replica for p in self._pulses.values() if p.phase is Phase.RUNNING]
         silent = [Silent(name, now - self._heard[name]) for name in running]
         return Snapshot(
@@ -137,6 +138,17 @@ class Roster:
         """Have every replica stop: those that are running, and those still to come."""
         if self._drain_until is None:
             self._drain_until = self._clock() + grace_s
+
+    def _now(self) -> float:
+        """The time of this call. If nobody called for long, the machine stood still, and neither
+        driver nor replicas are to blame: that time does not count as their silence."""
+        now = self._clock()
+        still_s, self._called = now - self._called, now
+        if still_s > _HEARD_S:
+            self._heard = {name: min(now, at + still_s) for name, at in self._heard.items()}
+            if self._looked is not None:
+                self._looked = min(now, self._looked + still_s)
+        return now
 
     def _note_progress(self) -> None:
         succeeded = self._total.rows - self._total.failed

@@ -24,9 +24,9 @@ from pipeline.metrics import PROCESS_LABELS, vocabulary
 
 DASHBOARD = Path(__file__).parent.parent / "cluster" / "grafana" / "dashboard.json"
 FOLDER = Path(__file__).parent.parent / "cluster" / "prometheus"
-_START_S = 30.0
-_ANSWER_S = 10.0
-_SETTLE_S = 15.0
+_START_S = 180.0
+_ANSWER_S = 60.0
+_SETTLE_S = 120.0
 """From the end of a process until its last values are scraped."""
 _SPAN_S = 600.0
 _RATE_INTERVAL = "20s"

@@ -13,6 +13,7 @@ class Contender(StrEnum):
 
     PIPELINE = "pipeline"
     LLM = "vllm-llm"
+    LLM_ONE_PROCESS = "vllm-llm-one-process"
     RAY_LLM = "ray-data-llm"
     RAY_LLM_TUNED = "ray-data-llm-tuned"
     RUN_BATCH = "vllm-run-batch"
@@ -22,6 +23,7 @@ class Contender(StrEnum):
 DESCRIPTIONS = {
     Contender.PIPELINE: "this pipeline: `jobs.nightly`, Ray on this machine, files in and out",
     Contender.LLM: "`vllm.LLM.chat` over all rows in one call, as written by hand",
+    Contender.LLM_ONE_PROCESS: "the same, all in one thread: `VLLM_ENABLE_V1_MULTIPROCESSING=0`",
     Contender.RAY_LLM: "`ray.data.llm` with its defaults",
     Contender.RAY_LLM_TUNED: "`ray.data.llm`, tuned (see below)",
     Contender.RUN_BATCH: "`vllm run-batch` on the same requests as JSONL",
@@ -33,6 +35,7 @@ CLOCKS = {
     "8 warm-up requests of 8 tokens",
     Contender.LLM: "around the call, after the same warm-up: templates, tokenisation, images and "
     "generation",
+    Contender.LLM_ONE_PROCESS: "the same",
     Contender.RAY_LLM: "as `pipeline`: its engine stage's first request to its last, after the "
     "same warm-up",
     Contender.RAY_LLM_TUNED: "the same",

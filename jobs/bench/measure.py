@@ -40,8 +40,8 @@ SLOPE_EVERY = 4
 _LAST_LINES = 15
 _MARKER = "BENCH_CHILD"
 _ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
-"""Off, ``vllm.LLM`` renders, schedules and computes in one thread, and is slower for it: a profile
-that turns it off means the pipeline's engine, which takes the profile's variables by itself."""
+"""Off, ``vllm.LLM`` renders, schedules and computes in one thread, as a contender of its own. A
+profile that turns it off means the pipeline's engine, which takes a profile's variables itself."""
 _RAY = (Contender.RAY_LLM, Contender.RAY_LLM_TUNED)
 
 
@@ -146,7 +146,7 @@ def _run(prepared: Prepared, contender: Contender, out: Path) -> tuple[Done, Don
             done = _run_pipeline(prepared, prepared.rows, contender)
         case Contender.PIPELINE_SORTED:
             done = _run_pipeline(prepared, by_prefix(prepared.rows), contender)
-        case Contender.LLM:
+        case Contender.LLM | Contender.LLM_ONE_PROCESS:
             done = _run_module(prepared, contender, "jobs.bench.run_llm", sys.executable)
         case Contender.RAY_LLM | Contender.RAY_LLM_TUNED:
             own = ray_llm_venv.ensure(out / "ray-llm-venv") if prepared.has_images else None
@@ -205,7 +205,9 @@ def _run_module(prepared: Prepared, contender: Contender, module: str, python: s
     )
     told = prepared.folder / f"{contender}.task.json"
     told.write_text(json.dumps(asdict(task)))
-    extra = ray_llm_tuning.ENVIRONMENT if task.tuned else {}
+    extra = dict(ray_llm_tuning.ENVIRONMENT) if task.tuned else {}
+    if contender is Contender.LLM_ONE_PROCESS:
+        extra[_ONE_PROCESS] = "0"
     _child(prepared, contender, [python, "-m", module, str(told)], extra)
     return Done(**json.loads(result.read_text()))
 
@@ -296,10 +298,10 @@ def _child(
     log = prepared.folder / f"{contender}.log"
     log.unlink(missing_ok=True)
     marker = {_MARKER: f"{os.getpid()}-{time.monotonic_ns()}"}
-    environment = {**os.environ, **prepared.profile.env, **extra, **marker}
+    environment = {**os.environ, **prepared.profile.env}
     for name in ("RAY_ADDRESS", _ONE_PROCESS):
         environment.pop(name, None)
-    environment |= {"PYTHONPATH": str(REPO_ROOT), "VLLM_NO_USAGE_STATS": "1"}
+    environment |= {"PYTHONPATH": str(REPO_ROOT), "VLLM_NO_USAGE_STATS": "1", **extra, **marker}
     started = time.monotonic()
     with log.open("wb") as output:
         child = subprocess.Popen(

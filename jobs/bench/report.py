@@ -59,9 +59,10 @@ temperature 0. A ratio counts only if both made as many completion tokens, withi
 |---|---|---|
 {contenders}
 
-On CPUs the pipeline's engine schedules and computes in one process since 2026-11-29, as its
-profiles say (`VLLM_ENABLE_V1_MULTIPROCESSING=0`); the others have vLLM's default. For `vllm.LLM`
-that is the faster one: with 0 it renders, schedules and computes in a single thread.
+On CPUs the pipeline's engine schedules and computes in one process, as its profiles say
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`); the others have vLLM's default, which computes in a process of
+its own and keeps one core free of it. On two cores that is half the machine, so `vllm.LLM` is
+measured with either.
 
 `pipeline` and `ray-data-llm` read and tokenize their first rows while the model loads; `vllm-llm`
 does all of that on the clock, as its one call does it.

@@ -198,6 +198,7 @@ WORKLOADS: Mapping[str, Workload] = {
             contenders=_ALL,
             targets={
                 Contender.LLM: 0.98,
+                Contender.LLM_ONE_PROCESS: 0.98,
                 Contender.RAY_LLM_TUNED: 1.0,
                 Contender.RUN_BATCH: 1.0,
             },
@@ -212,6 +213,7 @@ WORKLOADS: Mapping[str, Workload] = {
             contenders=_ALL,
             targets={
                 Contender.LLM: 0.95,
+                Contender.LLM_ONE_PROCESS: 0.95,
                 Contender.RAY_LLM_TUNED: 1.25,
                 Contender.RUN_BATCH: 1.0,
             },
@@ -227,6 +229,7 @@ WORKLOADS: Mapping[str, Workload] = {
             contenders=_ALL,
             targets={
                 Contender.LLM: 0.98,
+                Contender.LLM_ONE_PROCESS: 0.98,
                 Contender.RAY_LLM_TUNED: 1.25,
                 Contender.RUN_BATCH: 1.0,
             },

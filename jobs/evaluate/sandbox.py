@@ -107,7 +107,7 @@ def _run(request: bytes, folder: str, seconds: float) -> tuple[bytes, bytes, int
     ):
         try:
             output, errors, whole = _read(process, time.monotonic() + seconds)
-            status = process.wait(1) if whole else None
+            status = process.wait(10) if whole else None
         except subprocess.TimeoutExpired:  # it closed its output and goes on
             status = None
         finally:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,16 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 from ray.util import get_node_ip_address
 
-from cluster import processes
+from cluster import parts, processes
 from cluster.ports import free_ports
 from tests.variables import without_ray
 
 _HEAD = "ray.head.default"
 _MARKER = "AUTOSCALED_CLUSTER"
+_NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+"""Ray would ask for one that lies around."""
+_STARTS = 3
+"""Of the head, which Ray gives 30 s to come up."""
 _LISTS = (
     "cluster_synced_files",
     "head_setup_commands",
@@ -47,7 +51,17 @@ class LocalNodes(FakeMultiNodeProvider):
         self, node_config: Any, tags: Any, count: int, resources: Mapping[str, Any], labels: Any
     ) -> None:
         given = {key: value for key, value in resources.items() if key != "memory"}
-        super()._create_node_with_resources_and_labels(node_config, tags, count, given, labels)
+        with self.lock:
+            before = set(psutil.Process().children(recursive=True))
+            try:
+                super()._create_node_with_resources_and_labels(
+                    node_config, tags, count, given, labels
+                )
+            except Exception:  # not up within Ray's 30 s: the autoscaler tries again
+                for process in set(psutil.Process().children(recursive=True)) - before:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                raise
 
 
 class Autoscaled:
@@ -55,17 +69,17 @@ class Autoscaled:
 
     def __init__(self, address: str, group: processes.Group, log: Path) -> None:
         self.address = address
+        self.group = group
         self.log = log
-        self._group = group
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Of a process that is to use it."""
-        return {**_base(), "RAY_ADDRESS": self.address}
+    def address_variables(self) -> dict[str, str]:
+        """What a process that is to use it needs in its environment."""
+        return {"RAY_ADDRESS": self.address, **_NO_TOKEN}
 
     def nodes(self) -> int:
         """That run, the head among them."""
-        return sum(_name(process) == "raylet" for process in processes.find(self._group))
+        return sum(_name(process) == "raylet" for process in processes.find(self.group))
 
 
 @contextmanager
@@ -74,8 +88,21 @@ def autoscaled(*, head_cpus: int, worker: Mapping[str, Any], most: int) -> Itera
 
     A node that nobody uses for some seconds is taken away again.
     """
+    for _ in range(_STARTS):
+        cluster = _start(head_cpus, worker, most)
+        try:
+            if _is_up(cluster):
+                yield cluster
+                return
+        finally:
+            processes.stop(cluster.group)
+            shutil.rmtree(cluster.group.directory, ignore_errors=True)
+    raise AssertionError("Ray's patience with its head ended each time")
+
+
+def _start(head_cpus: int, worker: Mapping[str, Any], most: int) -> Autoscaled:
     folder = Path(tempfile.mkdtemp(prefix="mv-grow-", dir="/tmp"))  # sockets: short
-    gcs, dashboard, agent, client = free_ports(4)
+    gcs, dashboard, agent, environments, client = free_ports(5)
     address = f"{get_node_ip_address()}:{gcs}"
     (folder / "autoscaler.json").write_text(json.dumps(_config(address, worker, most)))
     marker = {_MARKER: uuid.uuid4().hex}
@@ -87,11 +114,13 @@ def autoscaled(*, head_cpus: int, worker: Mapping[str, Any], most: int) -> Itera
             *("--num-gpus=0", f"--object-store-memory={100 * 2**20}"),
             *(f"--temp-dir={folder}", f"--autoscaling-config={folder / 'autoscaler.json'}"),
             *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+            f"--runtime-env-agent-port={environments}",
             *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={client}"),
             "--disable-usage-stats",
         ],
         environment={
-            **_base(),
+            **without_ray(),
+            **_NO_TOKEN,
             **marker,
             "PYTHONPATH": str(Path(__file__).parents[2]),
             # the second autoscaler, as KubeRay and `ray up` have it
@@ -101,17 +130,12 @@ def autoscaled(*, head_cpus: int, worker: Mapping[str, Any], most: int) -> Itera
             "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            **parts.START_LIMITS,
         },
         directory=folder,
         log=folder / "log",
     )
-    cluster = Autoscaled(address, processes.Group([head], marker, folder), folder / "log")
-    try:
-        _wait_until_up(cluster, head)
-        yield cluster
-    finally:
-        processes.stop(cluster._group)
-        shutil.rmtree(folder)
+    return Autoscaled(address, processes.Group([head], marker, folder), folder / "log")
 
 
 def _config(address: str, worker: Mapping[str, Any], most: int) -> dict[str, Any]:
@@ -140,18 +164,17 @@ def _config(address: str, worker: Mapping[str, Any], most: int) -> dict[str, Any
     }
 
 
-def _wait_until_up(cluster: Autoscaled, head: processes.ProcessRecord) -> None:
+def _is_up(cluster: Autoscaled) -> bool:
+    """Waits for the head; false if Ray had no more patience with it."""
+    (head,) = cluster.group.records
     for _ in range(900):
         if "Ray runtime started" in cluster.log.read_text():
-            return
-        assert processes.is_alive(head), cluster.log.read_text()
+            return True
+        if not processes.is_alive(head):
+            assert parts.ray_gave_up(cluster.log), cluster.log.read_text()
+            return False
         time.sleep(0.2)
     raise AssertionError(f"Ray did not start: {cluster.log.read_text()}")
-
-
-def _base() -> dict[str, str]:
-    """Without what another cluster put there; Ray would ask for a token that lies around."""
-    return {**without_ray(), "RAY_AUTH_MODE": "disabled"}
 
 
 def _name(process: psutil.Process) -> str:

@@ -20,7 +20,9 @@ import pytest
 import yaml
 
 from pipeline.profile import load_profile
+from tests.integration import fake_job
 from tests.integration.autoscaled import Autoscaled, autoscaled
+from tests.variables import without_ray
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -71,7 +73,7 @@ def run(cluster: Autoscaled, module: str, config: Path) -> tuple[int, dict[str, 
     """Exit code, last line and log of a job."""
     done = subprocess.run(
         [sys.executable, "-m", module, "--config", str(config)],
-        env={**cluster.environment, "FAKE_ENGINE_DELAY_S": "4"},
+        env={**without_ray(), **cluster.address_variables},
         capture_output=True,
         text=True,
         timeout=400,
@@ -103,7 +105,14 @@ def test_nodes_come_for_the_replicas_that_wait_and_go_after_the_run(
     cluster: Autoscaled, config: Path
 ) -> None:
     wait_until(lambda: cluster.nodes() == 1, 200)  # the plan's, if one came, has gone
-    code, result, log = run(cluster, "tests.integration.nightly_with_fake_engine", config)
+    hurry = config.parent / "hurry"
+    variables = {"FAKE_ENGINE_DELAY_S": "20", "FAKE_ENGINE_HURRY": str(hurry)}
+    with fake_job.started(
+        config, config.parent / "log", **cluster.address_variables, **variables
+    ) as job:
+        wait_until(lambda: job.log.read_text().count("is up after") == 2, 400)
+        hurry.touch()
+        code, result, log = job.end()
     assert (code, result["rows"]["succeeded"]) == (0, ROWS), log
     rows = ds.dataset(config.parent / "out" / "data").to_table(columns=["input_row"])
     assert sorted(rows["input_row"].to_pylist()) == list(range(ROWS))

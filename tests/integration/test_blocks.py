@@ -31,7 +31,7 @@ dataset = ray.data.range(500, override_num_blocks=500).map_batches(slow, batch_s
 with Blocks(dataset, ahead=2) as blocks:
     while blocks.take() is None:
         time.sleep(0.01)
-end_datasets(20)
+end_datasets(120)
 left = [each.name for each in set(threading.enumerate()) - others]
 ray.shutdown()
 print(*(name for name in left if "Executor" in name or name == "blocks"), "last line")

@@ -95,9 +95,9 @@ def test_a_killed_engine_core_costs_no_row_and_changes_no_text(
     replica: Replica, undisturbed: dict[int, str]
 ) -> None:
     before = replica.engine_restarts
+    (core,) = engine_cores()
     batches = replica.generate(0, [row(number) for number in range(ROWS)])
     outcomes = list(next(batches))
-    (core,) = engine_cores()
     core.kill()
     outcomes += [outcome for batch in batches for outcome in batch]
     assert replica.engine_restarts == before + 1
@@ -121,9 +121,9 @@ def test_the_row_that_kills_the_engine_is_found_and_the_others_complete(
 
 def test_a_hung_engine_core_is_replaced(replica: Replica, undisturbed: dict[int, str]) -> None:
     before = replica.engine_restarts
+    (core,) = engine_cores()
     batches = replica.generate(0, [row(number) for number in range(ROWS)])
     outcomes = list(next(batches))
-    (core,) = engine_cores()
     core.send_signal(signal.SIGSTOP)
     outcomes += [outcome for batch in batches for outcome in batch]
     assert replica.engine_restarts == before + 1

@@ -93,6 +93,18 @@ def run(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def healthy(cluster: LocalCluster, *more: str) -> str:
+    """What `status` prints once all answer: a busy machine may keep one look waiting."""
+    found = []
+
+    def answered() -> bool:
+        found.append(run("status", cluster.folder, *more))
+        return found[-1].returncode == 0
+
+    wait_until(answered, 200)
+    return found[-1].stdout
+
+
 def submit(state: ClusterState, *words: str) -> subprocess.CompletedProcess[str]:
     """`ray job submit`, as people would from a shell that has sourced `env`."""
     return subprocess.run(
@@ -101,7 +113,7 @@ def submit(state: ClusterState, *words: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
     )
 
 
@@ -130,8 +142,7 @@ def still(seen: list[psutil.Process]) -> list[psutil.Process]:
 
 def leaves_nothing(state: ClusterState, seen: list[psutil.Process]) -> None:
     """Fails if a process, file or socket of the cluster is left."""
-    assert marked(state.cluster_id) == []
-    assert still(seen) == []
+    wait_until(lambda: not marked(state.cluster_id) and not still(seen))
     assert not state.directory.exists()
     ports = {port for part in state.parts for port in part.ports}
     assert not [port for port in ports if list(Path("/tmp").glob(f"seaweedfs-*-{port}.sock"))]
@@ -152,16 +163,13 @@ def client(state: ClusterState, **changed: str) -> Any:
 
 def test_status_says_that_all_parts_are_alive_and_answer(cluster: LocalCluster) -> None:
     wait_until(lambda: cluster.status().healthy, 200)
-    printed = run("status", cluster.folder, "--json")
-    status = json.loads(printed.stdout)
-    assert printed.returncode == 0
+    status = json.loads(healthy(cluster, "--json"))
     assert status["healthy"] is True
     assert [part["name"] for part in status["parts"]] == ["s3", "head", "node-1", "node-2"]
     assert all(part["alive"] and part["answers"] for part in status["parts"])
-    table = run("status", cluster.folder)
-    assert table.returncode == 0
-    assert all(str(part["pid"]) in table.stdout for part in status["parts"])
-    assert status["dashboard"] in table.stdout
+    table = healthy(cluster)
+    assert all(str(part["pid"]) in table for part in status["parts"])
+    assert status["dashboard"] in table
 
 
 def test_no_output_shows_credentials(cluster: LocalCluster) -> None:
@@ -235,7 +243,7 @@ def test_a_submitted_job_sees_all_nodes_and_the_bucket(
         "import ray, s3fs\n"
         "ray.init()\n"
         "s3fs.S3FileSystem().pipe_file('batch/by-job', b'x')\n"
-        "print('nodes', len(ray.nodes()))\n"
+        "print('nodes', len({node['NodeName'] for node in ray.nodes() if node['Alive']}))\n"
     )
     done = submit(cluster.state, "--", "python", str(job))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -298,7 +306,7 @@ def test_a_broken_cluster_is_replaced_and_down_ends_what_jobs_started(
 
     on_node = processes.find(cluster.state.part_group("node-1"))
     cluster.kill_node(1)
-    assert still(on_node) == []
+    wait_until(lambda: not still(on_node))
     assert processes.is_alive(first.part("head").record)
     assert run("status", folder).returncode == 1
 

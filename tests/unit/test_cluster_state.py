@@ -92,7 +92,7 @@ def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
         thread.join(timeout=0.3)
         order.append("first")
         folder.rmdir()  # as `down` does
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert order == ["first", "second"]
     assert folder.exists()
 

@@ -48,8 +48,8 @@ def test_another_threads_time_can_be_read_while_it_runs() -> None:
     try:
         laps = thread_laps(thread)
         done.wait()
-        work(0.05)
-        assert laps.lap() < 0.04  # what this thread took meanwhile is not in it
+        work(0.5)
+        assert laps.lap() < 0.25  # what this thread took meanwhile is not in it
     finally:
         stop.set()
         thread.join()

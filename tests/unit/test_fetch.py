@@ -95,7 +95,7 @@ def anything(address: str) -> bool:
     return address.startswith("127.")
 
 
-def get(server: _Server, path: str, *, timeout_s: float = 10) -> Fetched:
+def get(server: _Server, path: str, *, timeout_s: float = 60) -> Fetched:
     uri = f"http://{server.host}{path}"
     reader = WebReader((server.host,), timeout_s, LIMIT, 4, anything)
     return ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri, uri])[uri]

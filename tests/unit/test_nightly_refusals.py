@@ -30,7 +30,7 @@ def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[st
         capture_output=True,
         text=True,
         env=environment,
-        timeout=60,
+        timeout=250,
     )
     (line,) = done.stdout.splitlines()
     assert "planted" not in done.stdout + done.stderr
@@ -76,6 +76,12 @@ def test_a_wrong_config_is_one_clear_sentence(
     assert "Traceback" not in stderr
     assert len(stderr.splitlines()) == 1, stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_beside_a_single_input_file_is_fine(tmp_path: Path, good: dict[str, Any]) -> None:
+    beside = {"input": {"uri": f"{tmp_path}/in/a.parquet"}, "output": {"uri": f"{tmp_path}/in/out"}}
+    code, result, stderr = run(tmp_path, {**good, **beside}, "--dry-run")
+    assert (code, result["rows"]["total"]) == (0, 1), stderr
 
 
 def test_a_wrong_argument_is_told_in_the_same_form(tmp_path: Path, good: dict[str, Any]) -> None:

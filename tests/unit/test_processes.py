@@ -20,7 +20,7 @@ from cluster.processes import Group, ProcessRecord
 from tests.waiting import wait_until
 
 MARKER = {"TEST_GROUP": f"group-{os.getpid()}"}
-SLEEP = "import time; time.sleep(60)"
+SLEEP = "import time; time.sleep(600)"
 UNMARKED = {"PATH": os.defpath}
 """A readable environment without the marker."""
 
@@ -144,7 +144,7 @@ def test_a_reparented_child_is_found_by_its_session(
     leader = start(
         "import subprocess, sys, time\n"
         f"subprocess.run([sys.executable, '-c', {grandchild!r}])\n"
-        "time.sleep(60)",
+        "time.sleep(600)",
         environment=UNMARKED,
     )
     orphan = noted(note)

@@ -1,7 +1,7 @@
 """The roster: tallies that never count twice, orders that reach everyone, replicas that went."""
 
 from pipeline.progress import Tally
-from pipeline.roster import DRIVER_SILENCE_S, Order, Phase, Pulse, Roster, Silent
+from pipeline.roster import DRIVER_SILENCE_S, Order, Phase, Pulse, Roster, Silent, Snapshot
 
 
 class Clock:
@@ -21,6 +21,14 @@ def pulse(
     error: str | None = None,
 ) -> Pulse:
     return Pulse(replica, process, phase, shards or {}, restarts, error)
+
+
+def watch(roster: Roster, clock: Clock, seconds: int) -> Snapshot:
+    """What the driver sees last, which looks once a second for so long."""
+    for _ in range(seconds):
+        clock.now += 1
+        seen = roster.look()
+    return seen
 
 
 def test_a_shard_that_is_done_again_counts_once() -> None:
@@ -68,9 +76,23 @@ def test_replicas_stop_by_themselves_when_the_driver_is_silent() -> None:
     clock = Clock()
     roster = Roster(clock)
     roster.look()
-    clock.now += DRIVER_SILENCE_S - 1
+    for _ in range(int(DRIVER_SILENCE_S)):
+        clock.now += 1
+        assert roster.beat(pulse()) == Order()
+    clock.now += 1
+    assert roster.beat(pulse()) == Order(drain_s=0.0)
+
+
+def test_a_machine_that_stood_still_makes_no_driver_silent() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    roster.look()
+    clock.now += 10 * DRIVER_SILENCE_S  # then a replica comes before the driver
     assert roster.beat(pulse()) == Order()
-    clock.now += 2
+    for _ in range(int(DRIVER_SILENCE_S)):
+        clock.now += 1
+        assert roster.beat(pulse()) == Order()
+    clock.now += 1
     assert roster.beat(pulse()) == Order(drain_s=0.0)
 
 
@@ -81,16 +103,23 @@ def test_only_replicas_that_are_heard_of_are_running() -> None:
     roster.beat(pulse(replica="b", process="b1", phase=Phase.STARTING))
     roster.beat(pulse(replica="c", process="c1", phase=Phase.DRAINED))
     assert roster.look().running == 1
-    clock.now += 60
-    assert roster.look().running == 0
+    assert watch(roster, clock, 60).running == 0
 
 
 def test_the_longest_silent_replica_comes_first() -> None:
     clock = Clock()
     roster = Roster(clock)
     roster.beat(pulse())
-    clock.now += 7
-    roster.beat(pulse(replica="b", process="b1"))
-    clock.now += 1
+    watch(roster, clock, 8)
     roster.beat(pulse(replica="b", process="b1"))
     assert roster.look().silent == (Silent("a", 8.0), Silent("b", 0.0))
+
+
+def test_time_in_which_all_stood_still_is_nobodys_silence() -> None:
+    clock = Clock()
+    roster = Roster(clock)
+    roster.beat(pulse())
+    clock.now += 60
+    seen = roster.look()
+    assert (seen.running, seen.silent) == (1, (Silent("a", 0.0),))
+    assert watch(roster, clock, 10).running == 0

@@ -463,12 +463,12 @@ document = json.loads(sys.argv[1])
 config = parse_config(document, source="test")
 profile = load_profile(config.engine.profile)
 found = open_input(config.input.uri, renamed={}, carry=None)
-started = time.monotonic()
+started = time.process_time()
 run = open_run(config, profile, found)
-seconds = time.monotonic() - started
+seconds = time.process_time() - started
 # not getrusage's ru_maxrss: that one starts with the parent's
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-print(json.dumps({"seconds": seconds, "peak_mb": peak, "done": len(run.done),
+print(json.dumps({"cpu_seconds": seconds, "peak_mb": peak, "done": len(run.done),
                   "pending": len(run.pending), "finished": run.finished}))
 """
 
@@ -498,7 +498,7 @@ def test_a_hundred_thousand_finished_shards_are_planned_in_seconds(tmp_path: Pat
     measured = json.loads(done.stdout)
     print(measured)
     assert (measured["done"], measured["pending"]) == (shards, 0)
-    assert measured["seconds"] < 120
+    assert measured["cpu_seconds"] < 90
     assert measured["peak_mb"] < 300
 
 

@@ -33,7 +33,7 @@ class ClusterStatus:
 
 def look(state: ClusterState) -> ClusterStatus:
     """Asks every part."""
-    nodes = parts.alive_nodes(state)
+    nodes = parts.alive_nodes(state) or set()
     answers = dict.fromkeys(nodes, True) | {
         parts.S3: parts.s3_answers(state),
         parts.HEAD: parts.HEAD in nodes and parts.jobs_api_answers(state),

@@ -315,7 +315,10 @@ class LocalCluster:
     def _run_node_again(self, name: str) -> None:
         """Once the head knows that its predecessor is gone, which it would take for it."""
         deadline = time.monotonic() + _FORGOTTEN_S
-        while name in parts.alive_nodes(self.state) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            alive = parts.alive_nodes(self.state)
+            if alive is not None and name not in alive:
+                break
             time.sleep(_POLL_S)
         self._run_node(name)
 
@@ -325,7 +328,11 @@ class LocalCluster:
         self._wait(
             [parts.HEAD, *names],
             f"Ray nodes ({', '.join(names)})" if names else "jobs API",
-            lambda: parts.jobs_api_answers(self.state) and wanted <= parts.alive_nodes(self.state),
+            lambda: (
+                parts.jobs_api_answers(self.state)
+                and wanted <= (parts.alive_nodes(self.state) or set())
+                and all(processes.is_alive(self.state.part(name).record) for name in wanted)
+            ),
             again={name: partial(self._run_node_again, name) for name in names},
         )
 
@@ -383,7 +390,9 @@ class LocalCluster:
                 self._report(f"{part.name} was not up when Ray's patience ended; once more")
                 processes.stop(self.state.part_group(part.name), grace_s=0)
                 shutil.rmtree(self.state.part_directory(part.name), ignore_errors=True)
+                part.log.rename(part.log.with_suffix(f".{left[part.name]}.log"))
                 restarts[part.name]()
+                begun = time.monotonic()
             if time.monotonic() - begun > self._options.start_timeout_s:
                 last = self.state.part(names[-1])
                 raise self._failure(

@@ -186,17 +186,17 @@ def ray_environment(state: ClusterState) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # else SIGTERM waits 30 s for busy actors
         "RAY_metrics_report_interval_ms": "2000",  # not 10 s: jobs here are short
         "RAY_JOB_STOP_WAIT_TIME_S": "180",  # else SIGKILL after 3 s; more than limits.drain_s
-        **START_LIMITS,
     }
 
 
 def head_environment(
     state: ClusterState, *, dashboard_metrics: int, autoscaler_metrics: int
 ) -> dict[str, str]:
-    """What the head needs on top: two ports that are fixed otherwise."""
+    """What the head needs on top: two ports that are fixed otherwise, and time."""
     return ray_environment(state) | {
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+        **START_LIMITS,
     }
 
 
@@ -243,9 +243,11 @@ def jobs_api_answers(state: ClusterState) -> bool:
     return _get(state, "/api/jobs/") is not None
 
 
-def alive_nodes(state: ClusterState) -> set[str]:
-    """The names of the Ray nodes that are alive; empty where the head does not answer."""
-    reply = _get(state, "/api/v0/nodes") or {}
+def alive_nodes(state: ClusterState) -> set[str] | None:
+    """The names of the Ray nodes that are alive; None where the head does not answer."""
+    reply = _get(state, "/api/v0/nodes")
+    if reply is None:
+        return None
     listed = ((reply.get("data") or {}).get("result") or {}).get("result") or []
     return {node["node_name"] for node in listed if node["state"] == "ALIVE"}
 

@@ -110,7 +110,7 @@ def settle(
     profile = load_profile(config.engine.profile, overrides=config.engine.overrides)
     prices = load_prices(config.prices)
     found = _find_input(config, new_run=options.new_run)
-    check_place(config, found.searched)
+    check_place(config, found)
     deadline = config.limits.deadline
 
     def look() -> Run:
@@ -153,9 +153,10 @@ def _find_input(config: JobConfig, *, new_run: bool) -> Input:
         raise
 
 
-def check_place(config: JobConfig, sources: Sequence[str]) -> None:
-    """An output inside the input's folder would be read as input by the next run; one in the folder
-    that ``ray job submit`` uploads would go with it.
+def check_place(config: JobConfig, found: Input) -> None:
+    """An output inside the input's folder would be read as input by the next run, one in the very
+    folder of an input file could replace that, one among a run's parts would count as that run's;
+    one in the folder that ``ray job submit`` uploads would go with it.
 
     Raises:
         ConfigError: it is inside, and no folder between them starts with _; or it is in a copy.
@@ -167,12 +168,25 @@ def check_place(config: JobConfig, sources: Sequence[str]) -> None:
             "submit` makes, and Ray deletes it after the job; give a bucket, or an absolute path "
             "that all nodes share."
         )
-    for source in sources:
-        if f"{target}/".startswith(f"{source}/") and "/_" not in target.removeprefix(source):
+    for source in found.roots:
+        if not f"{target}/".startswith(f"{source}/") or "/_" in target.removeprefix(source):
+            continue
+        if source in found.searched:
             raise ConfigError(
                 f"output.uri {config.output.uri} lies inside input.uri {config.input.uri}: the "
                 "next run would read it as input; put it beside, or below a folder that starts "
                 "with _."
+            )
+        if target == source:
+            raise ConfigError(
+                f"output.uri {config.output.uri} is the folder of input.uri {config.input.uri}, "
+                "which an output file could replace; give a folder of its own."
+            )
+        if source.endswith("/data") and storage.exists(f"{source.removesuffix('data')}run.json"):
+            raise ConfigError(
+                f"output.uri {config.output.uri} lies among the parts of the run at "
+                f"{source.removesuffix('/data')}, and would count as that run's; give a folder "
+                "outside of it."
             )
 
 

@@ -69,7 +69,7 @@ _REPORT_S = 5.0
 """Of ``drain_s``, what is left for Ray's shutdown and the report."""
 _LAST_JOURNAL_S = 4.0
 """Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
-_DATASETS_END_S = 15.0
+_DATASETS_END_S = 5.0
 """What Ray Data gets to end what it is at."""
 _STARTS_HERE = 3
 """Of Ray in this process, which may be slow to come up."""
@@ -183,6 +183,7 @@ def _start_here(cpus: int) -> None:
             )
             return
         except Exception as error:  # Ray raises a bare Exception when a start times out
+            ray.shutdown()  # what it keeps in this process of what it began
             for process in set(psutil.Process().children(recursive=True)) - before:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

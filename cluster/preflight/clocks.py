@@ -16,6 +16,8 @@ from cluster.preflight.findings import Check, Fault, shared
 
 _ROUNDS = 5
 _ANSWER_S = 20.0
+_UNANSWERED = 2
+"""Rounds of a node without an answer, after which it has none."""
 MOST_BETWEEN_NODES_S = 1.0
 """Beyond that, a report's throughput over time puts rows into the wrong bins."""
 MOST_TO_STORE_S = 60.0
@@ -49,18 +51,19 @@ def measure_clocks(crew: Crew, node_ids: list[str]) -> dict[str, Offset | Unansw
 
 
 def _measure(crew: Crew, node: str) -> Offset | Unanswered:
-    best: Offset | Unanswered | None = None
+    best: Offset | None = None
+    unanswered = 0
     for _ in range(_ROUNDS):
         before = time.time()
         there = crew.ask({node: time.time}, timeout_s=_ANSWER_S)[node]
         after = time.time()
         if isinstance(there, Unanswered):
-            if isinstance(best, Unanswered):
+            unanswered += 1
+            if unanswered == _UNANSWERED:
                 return there
-            best = best or there
             continue
         found = offset(before, there, after)
-        if not isinstance(best, Offset) or found.uncertainty_s < best.uncertainty_s:
+        if best is None or found.uncertainty_s < best.uncertainty_s:
             best = found
     assert best is not None
     return best

@@ -123,7 +123,7 @@ def annotate(
     name_run(uri)
     _check_folder(uri, new_run=options.new_run)
     job = settle(first, options, start_engine)
-    check_place(config, job.found.searched)
+    check_place(config, job.found)
     _check_carry(config, job)
     if options.dry_run:
         show_first_row(job)

@@ -116,7 +116,8 @@ def test_a_silent_roster_holds_neither_the_run_nor_its_end(
 
 
 def test_a_second_signal_ends_the_job_at_once(config: Path, tmp_path: Path) -> None:
-    with started(config, tmp_path / "log", FAKE_ENGINE_DELAY_S="200") as job:
+    patient = ("--set", "limits.drain_s=300")
+    with started(config, tmp_path / "log", *patient, FAKE_ENGINE_DELAY_S="200") as job:
         job.wait_for(f"rows 0/{ROWS}")
         time.sleep(3)
         job.process.send_signal(signal.SIGINT)

@@ -40,7 +40,10 @@ def run(tmp_path: Path, document: object, *arguments: str) -> tuple[int, dict[st
 @pytest.fixture
 def good(tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "in").mkdir()
-    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "in" / "a.parquet")
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").touch()
+    for folder in ("in", "run/data"):
+        pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / folder / "a.parquet")
     return {
         "input": {"uri": f"{tmp_path}/in"},
         "output": {"uri": f"{tmp_path}/out"},
@@ -56,6 +59,14 @@ def good(tmp_path: Path) -> dict[str, Any]:
         ({"input": {"uri": "s3://bucket/prompts/"}}, "s3://bucket/prompts/: the bucket cannot be"),
         ({"output": {"uri": "s3://bucket/out"}}, "s3://bucket/out: the bucket cannot be reached"),
         ({"output": {"uri": "TMP/in/out"}}, "lies inside input.uri"),
+        (
+            {"input": {"uri": "TMP/in/a.parquet"}, "output": {"uri": "TMP/in"}},
+            "is the folder of input.uri",
+        ),
+        (
+            {"input": {"uri": "TMP/run/data/a.parquet"}, "output": {"uri": "TMP/run/data/out"}},
+            "lies among the parts of the run at file://TMP/run",
+        ),
         ({"output": {"uri": "s3://"}}, "s3://: names no bucket"),
         ({"output": {"uri": "TMP/broken.yaml/x"}}, "is a file, not a folder"),
         ({"engine": {"profile": "mini-mavrick"}}, "did you mean 'mini-maverick'?"),
@@ -71,7 +82,7 @@ def test_a_wrong_config_is_one_clear_sentence(
     document = yaml.safe_load(yaml.safe_dump({**good, **change}).replace("TMP", str(tmp_path)))
     code, result, stderr = run(tmp_path, document)
     assert (code, result["status"], result["exit_code"]) == (2, "invalid", 2)
-    assert words in result["error"]
+    assert words.replace("TMP", str(tmp_path)) in result["error"]
     assert result["error"] in stderr
     assert "Traceback" not in stderr
     assert len(stderr.splitlines()) == 1, stderr

@@ -368,3 +368,13 @@ def test_partitions_count_below_the_input_only_and_in_every_file(tmp_path: Path)
 def test_a_partition_named_like_a_request_column_is_none(tmp_path: Path) -> None:
     write(tmp_path / "prompt=1/a.parquet", {"messages": ["[]"]})
     assert settled(str(tmp_path)).columns.carried.names == []
+
+
+def test_the_folder_of_a_single_file_is_not_searched(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table({"prompt": ["x"]}), tmp_path / folder / "x.parquet")
+    file, folder, glob = f"{tmp_path}/a/x.parquet", f"{tmp_path}/b", f"{tmp_path}/b/*.parquet"
+    for uris, searched in (([file], []), ([file, folder], ["b"]), ([glob], ["b"])):
+        found = open_input(uris, renamed={}, carry=None)
+        assert found.searched == tuple(f"file://{tmp_path}/{name}" for name in searched)

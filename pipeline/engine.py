@@ -19,9 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
-
 from pipeline.admission import EngineLoad
+from pipeline.children import descendants, reap
 from pipeline.cpu import Meter, Step
 from pipeline.digests import digest_image, digest_tokens
 from pipeline.engine_spec import EngineSpec
@@ -47,7 +46,6 @@ _RENDERED_AT_ONCE = 8
 """Requests with images per hand-over to the rendering thread: the first wait for the last."""
 _COUNT_S = 1.0
 """What a finished request waits, at most, for the step's count that it is in."""
-_REAP_S = 5.0  # SIGKILL acts at once; more is a process stuck in the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +152,15 @@ class VLLMEngine:
             EngineError: vLLM cannot load the model, or its processes died meanwhile.
         """
         _enter(spec)
-        before = set(_descendants())
+        before = descendants()
         self._listeners: list[Callable[[EngineLoad], None]] = []
         self._uncounted: dict[str, asyncio.Future[None]] = {}
         try:
             self._llm = _start(spec, self._tell)
         except BaseException:
-            _reap(set(_descendants()) - before)
+            reap(descendants() - before)
             raise
-        self._processes = set(_descendants()) - before
+        self._processes = descendants() - before
         self._experts = _expert_layout(self._llm, spec.engine_args)
         self._renderer = Renderer(self._llm.renderer.render_cmpl)
         gc.collect()
@@ -195,7 +193,7 @@ class VLLMEngine:
             self._renderer.shutdown()
             self._llm.shutdown()
         finally:
-            _reap(self._processes)
+            reap(self._processes)
 
     def _tell(self, load: EngineLoad, ended: Sequence[str]) -> None:
         for listener in self._listeners:
@@ -371,29 +369,6 @@ def _load_teller(on_step: _OnStep, model_name: str) -> Callable[..., StatLoggerB
             """The request's own error tells."""
 
     return LoadTeller
-
-
-def _descendants() -> list[psutil.Process]:
-    """Processes below this one, but for multiprocessing's tracker, which serves all engines."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if not _is_tracker(child)]
-
-
-def _is_tracker(process: psutil.Process) -> bool:
-    try:
-        return "resource_tracker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False  # gone, or a zombie
-
-
-def _reap(processes: set[psutil.Process]) -> None:
-    """End these processes. A recycled pid never counts: psutil compares start times."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=_REAP_S)
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:

@@ -19,11 +19,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import psutil
 import pyarrow as pa
 import ray
 from ray.data import DataContext
@@ -36,6 +35,7 @@ from pipeline import logs
 from pipeline.actor import ReplicaSpec
 from pipeline.blocks import Blocks, end_datasets
 from pipeline.capacity import PREPARE_CPUS, NodeCapacity
+from pipeline.children import descendants, reap
 from pipeline.commit import PartStats
 from pipeline.count import ShardCounts, count_block, spread_rows
 from pipeline.cpu import Laps, Step, added, block_cpu, with_cpu
@@ -173,7 +173,7 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
 def _start_here(cpus: int) -> None:
     """Ray gives what it starts 30 s, which is little where a machine starts much at once."""
     for attempt in range(1, _STARTS_HERE + 1):
-        before = set(psutil.Process().children(recursive=True))
+        before = descendants()
         try:
             ray.init(
                 address=_IN_PROCESS,
@@ -184,9 +184,7 @@ def _start_here(cpus: int) -> None:
             return
         except Exception as error:  # Ray raises a bare Exception when a start times out
             ray.shutdown()  # what it keeps in this process of what it began
-            for process in set(psutil.Process().children(recursive=True)) - before:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            reap(descendants() - before)
             if attempt == _STARTS_HERE:
                 raise EngineError(f"Ray could not be started on this machine: {error}") from error
             log.warning("Ray did not start on this machine, and is tried again: %s", error)

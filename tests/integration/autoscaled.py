@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ray.util import get_node_ip_address
 
 from cluster import parts, processes
 from cluster.ports import free_ports
+from pipeline.children import descendants, reap
 from tests.variables import without_ray
 
 _HEAD = "ray.head.default"
@@ -52,15 +53,13 @@ class LocalNodes(FakeMultiNodeProvider):
     ) -> None:
         given = {key: value for key, value in resources.items() if key != "memory"}
         with self.lock:
-            before = set(psutil.Process().children(recursive=True))
+            before = descendants()
             try:
                 super()._create_node_with_resources_and_labels(
                     node_config, tags, count, given, labels
                 )
             except Exception:  # not up within Ray's 30 s: the autoscaler tries again
-                for process in set(psutil.Process().children(recursive=True)) - before:
-                    with suppress(psutil.NoSuchProcess):
-                        process.kill()
+                reap(descendants() - before)
                 raise
 
 

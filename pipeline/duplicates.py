@@ -27,6 +27,7 @@ from pipeline.errors import StorageError
 from pipeline.jsonl import is_jsonl, iterate_rows
 from pipeline.openai_input import read_line
 from pipeline.plan import FirstUse, InputFile, Shard
+from pipeline.values import Unreadable, python_values
 
 _THREADS = 4  # hashing takes turns: more would only hold more
 _IDS_AT_A_TIME = 400_000
@@ -258,18 +259,14 @@ def _check_rows(file: InputFile, found: int) -> None:
 
 def _as_text(values: pa.Array) -> list[str | None]:
     """Ids as prepare sees them: ``str`` of the Python value; None if there is none."""
-    try:
-        found = values.to_pylist()
-    except ValueError:  # bytes that are not UTF-8, among others
-        found = [_value(value) for value in values]
-    return [each if each is None or type(each) is str else str(each) for each in found]
+    return [
+        each if type(each) is str else None if _is_none(each) else str(each)
+        for each in python_values(values)
+    ]
 
 
-def _value(scalar: pa.Scalar) -> object:
-    try:
-        return scalar.as_py()
-    except ValueError:
-        return None
+def _is_none(value: object) -> bool:
+    return value is None or isinstance(value, Unreadable)
 
 
 def _starts(files: Sequence[InputFile]) -> Numbers:

@@ -44,6 +44,7 @@ from pipeline.sampling import (
 )
 from pipeline.seeds import derive_seed
 from pipeline.template import ROW_PREFIX, Renderer
+from pipeline.values import Unreadable, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -191,27 +192,8 @@ def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[
     names = set(everything.column_names)
     present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
     table = pa.table({ours: everything.column(theirs) for ours, theirs in present.items()})
-    rows: list[dict[str, Any]] = _to_rows(table) if present else [{}] * block.num_rows
+    rows = rows_of(table) if present else [{}] * block.num_rows
     return list(zip(block.column("input_row").to_pylist(), rows, strict=True))
-
-
-def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as Python values; a value that is not UTF-8 (Spark writes such) stays bytes."""
-    try:
-        rows: list[dict[str, Any]] = table.to_pylist()
-        return rows
-    except UnicodeDecodeError:
-        return [_to_row(table.slice(number, 1)) for number in range(table.num_rows)]
-
-
-def _to_row(row: pa.Table) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name in row.column_names:
-        try:
-            values[name] = row.column(name)[0].as_py()
-        except UnicodeDecodeError as error:
-            values[name] = error
-    return values
 
 
 def carried(block: pa.Table, columns: InputColumns) -> pa.Table:
@@ -237,7 +219,7 @@ def _parse(
 ) -> _Parsed | Failure:
     line = read_line(row["line"]) if is_jsonl(input_file) else None
     given = line.custom_id if line else row.get("custom_id")
-    usable = given is not None and not isinstance(given, UnicodeDecodeError)
+    usable = given is not None and not isinstance(given, Unreadable)
     custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"
     try:
         if earlier is not None:
@@ -268,8 +250,9 @@ def _request(
         request = line.request(spec.model_names)
         return request.chat, parameters.of(request.parameters, parse_json_sampling)
     for name, value in row.items():
-        if isinstance(value, UnicodeDecodeError):
-            raise RowError(ErrorCode.INVALID_MESSAGES, f"{name} is not UTF-8: {value}")
+        if isinstance(value, Unreadable):
+            shown = name.removeprefix(ROW_PREFIX)
+            raise RowError(ErrorCode.INVALID_MESSAGES, f"{shown} {value.reason}")
     if spec.renderer is not None:
         return _rendered_request(row, spec.renderer), parameters.of(None, parse_row_sampling)
     asked = parameters.of(row.get("sampling"), parse_row_sampling)

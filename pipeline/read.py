@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import InputError, StorageError
 from pipeline.fetch import input_root
+from pipeline.hive import partition_values
 from pipeline.jsonl import is_jsonl, read_rows, row_offsets
 from pipeline.openai_input import URL_COLUMN, read_line
 from pipeline.plan import InputFile, Offsets, Shard
 from pipeline.template import ROW_PREFIX
+from pipeline.values import is_json
 
 REQUEST_COLUMNS = ("custom_id", "prompt", "messages", "images", "sampling")
 """Our names of the columns a request is made of (contract)."""
@@ -58,15 +59,19 @@ def _is_list_of(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bo
     return is_list and (pa.types.is_null(kind.value_type) or is_item(kind.value_type))
 
 
+def _is_object(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) or is_json(kind)
+
+
 def _is_image(kind: pa.DataType) -> bool:
     return _is_text(kind) or _is_bytes(kind) or pa.types.is_struct(kind)
 
 
 _REQUEST_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "custom_id": (lambda _: True, "anything"),
-    "prompt": (_is_text, "a string"),
+    "prompt": (lambda kind: _is_text(kind) or is_json(kind), "a string"),
     "messages": (
-        lambda kind: _is_text(kind) or _is_list_of(kind, pa.types.is_struct),
+        lambda kind: _is_text(kind) or is_json(kind) or _is_list_of(kind, _is_object),
         "a list of structs, or a JSON string",
     ),
     "images": (
@@ -74,7 +79,7 @@ _REQUEST_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
         "binary, a URI string, a struct<bytes, path>, or a list of those",
     ),
     "sampling": (
-        lambda kind: _is_text(kind) or pa.types.is_struct(kind),
+        lambda kind: _is_text(kind) or _is_object(kind),
         "a struct, or a JSON string",
     ),
 }
@@ -371,26 +376,19 @@ def _stream(uri: str, columns: InputColumns) -> _Stream:
 
 def _with_path_values(table: pa.Table, uri: str, columns: InputColumns) -> pa.Table:
     """The carried columns that only the path has are added, and a template's."""
-    present = set(table.column_names)
+    values = partition_values(uri)
     read = [theirs for ours, theirs in columns.request.items() if ours.startswith(ROW_PREFIX)]
-    wanted = [*columns.carried.names, *(name for name in read if f"/{name}=" in uri)]
-    keys = [name for name in dict.fromkeys(wanted) if name not in present]
-    for name, value in _path_values(uri, keys).items():
-        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    wanted = [*columns.carried.names, *(name for name in read if name in values)]
+    present = set(table.column_names)
+    for name in dict.fromkeys(name for name in wanted if name not in present):
+        column = pa.array([values[name]] * table.num_rows, pa.string())
+        table = table.append_column(name, column)
     return table
 
 
 def _partition(uri: str, root: str) -> list[str]:
     """Names of the hive partition columns (``date=2026-11-22/``) between ``root`` and the file."""
-    folders = uri.removeprefix(root).split("/")[:-1]
-    return list(dict.fromkeys(f.partition("=")[0] for f in folders if f.find("=") > 0))
-
-
-def _path_values(uri: str, keys: Sequence[str]) -> dict[str, str | None]:
-    """The values of hive partition columns in a file's path: always strings."""
-    schema = pa.schema([(key, pa.string()) for key in keys])
-    found = ds.get_partition_keys(ds.HivePartitioning(schema).parse(uri))
-    return {key: found[key] for key in keys}
+    return list(partition_values(uri.removeprefix(root)))
 
 
 def _with_partition(

@@ -36,6 +36,7 @@ from jobs.annotate.tables import (
     writing,
 )
 from pipeline import storage
+from pipeline.hive import partition_values
 from pipeline.plan import InputFile
 
 
@@ -114,7 +115,8 @@ def _copy_rows(
         columns = [name for name in task.columns if name in present.names]
         own = [present.field(name).with_nullable(True) for name in columns]
         path = dataset.paths[file.uri]
-        absent = [n for n in task.columns if n not in present.names and f"/{n}=" not in f"/{path}"]
+        told = {*present.names, *partition_values(path)}
+        absent = [name for name in task.columns if name not in told]
         lacking = [pa.field(name, pa.null()) for name in absent]
         schema = pa.schema([(ID_COLUMN, pa.string()), (ROW_COLUMN, pa.int64()), *own, *lacking])
         with writing(target, schema) as writer:

@@ -11,6 +11,7 @@ from pipeline.errors import ConfigError, RowError
 from pipeline.plan import Shard
 from pipeline.read import read_shard
 from pipeline.template import ROW_PREFIX
+from pipeline.values import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def _first_rows(job: Job) -> list[Mapping[str, Any]]:
             table = read_shard(Shard(0, file.uri, 0, min(_ROWS, file.rows)), columns)
             return [
                 {name: value for name, value in row.items() if name in wanted}
-                for row in table.to_pylist()
+                for row in rows_of(table)
             ]
     return []
 

@@ -37,6 +37,7 @@ from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import read_shard
 from pipeline.records import Failure, Prepared, input_block, read_prepared
 from pipeline.redact import redacted
+from pipeline.values import rows_of
 
 _THREADS = 16  # latency: an id column is small and far away
 
@@ -179,7 +180,7 @@ def _records(recorded: Recorded, place: Place) -> list[dict[str, Any]]:
     if place.shard.index not in recorded.run.done:
         return []
     table = read_stored_part(recorded.run.uri, place.shard.index).table
-    rows = table.filter(pc.equal(table.column("input_row"), place.row)).to_pylist()
+    rows = rows_of(table.filter(pc.equal(table.column("input_row"), place.row)))
     plain: list[dict[str, Any]] = json.loads(json.dumps(rows, default=str))
     return plain
 

@@ -15,6 +15,7 @@ from pipeline.openai_input import read_line
 from pipeline.plan import Shard
 from pipeline.read import LINE_COLUMN, InputColumns, read_shard
 from pipeline.sampling import parse_json_sampling, parse_row_sampling
+from pipeline.values import Unreadable, python_values
 
 _NONE_CARRIED = pa.schema([])
 
@@ -49,10 +50,10 @@ def _column_names(uri: str) -> list[str]:
 
 
 def _row_seeds(table: pa.Table, column: str) -> Iterator[int | None]:
-    for value in table.column(column):
+    for value in python_values(table.column(column)):
         try:
-            yield parse_row_sampling(value.as_py()).seed
-        except (RowError, UnicodeDecodeError):
+            yield None if isinstance(value, Unreadable) else parse_row_sampling(value).seed
+        except RowError:
             yield None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 from PIL import Image
 
 from pipeline.commit import Destination, commit_outcomes, part_uri
+from pipeline.duplicates import find_duplicates
 from pipeline.errors import ErrorCode, InputError
 from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec
 from pipeline.plan import Shard, make_plan
 from pipeline.prepare import PrepareSpec, prepare_block
-from pipeline.read import open_input, read_shard
+from pipeline.read import Input, open_input, read_shard
 from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
 from pipeline.sampling import SamplingDefaults
+from pipeline.template import Renderer, RequestTemplate
 
 MODEL = ModelSpec("cluster/models/mini-maverick", None, max_model_len=512)
 MESSAGES = [[{"role": "user", "content": f"Count to {n}."}] for n in range(3)]
@@ -34,14 +37,7 @@ def png() -> bytes:
 def prepare(folder: Path, tmp_path: Path) -> list[Prepared | Failure]:
     """All rows of a folder of Parquet files, by way of shards of two rows and committed parts."""
     found = open_input(str(folder), renamed={}, carry=None)
-    spec = PrepareSpec(
-        model=MODEL,
-        columns=found.columns,
-        sampling=SamplingDefaults(),
-        run_seed=7,
-        max_image_pixels=10**6,
-        fetcher=ImageFetcher(f"file://{folder}", 10**6, 4),
-    )
+    spec = spec_of(folder, found)
     items: list[Prepared | Failure] = []
     to = Destination(f"file://{tmp_path}/out", "run", "m")
     for shard in make_plan(found.files, shard_rows=2, shard_bytes=2**30).shards:
@@ -51,6 +47,17 @@ def prepare(folder: Path, tmp_path: Path) -> list[Prepared | Failure]:
             items += read_prepared(block)
             commit(to, shard, carried_columns(block))
     return items
+
+
+def spec_of(folder: Path, found: Input) -> PrepareSpec:
+    return PrepareSpec(
+        model=MODEL,
+        columns=found.columns,
+        sampling=SamplingDefaults(),
+        run_seed=7,
+        max_image_pixels=10**6,
+        fetcher=ImageFetcher(f"file://{folder}", 10**6, 4),
+    )
 
 
 def commit(to: Destination, shard: Shard, carried: pa.Table) -> None:
@@ -191,6 +198,88 @@ def test_carried_categories_may_be_of_any_number_in_each_file(tmp_path: Path) ->
     parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
     assert [part.column("label").to_pylist() for part in parts] == [["a"], ["b"]]
     assert len({part.schema.field("label").type for part in parts}) == 1
+
+
+UNREADABLE = [
+    pa.array([10_000_000, 1, None], pa.date32()),
+    pa.array([-719_529, 1, None], pa.date32()),
+    pa.array([-62_135_596_800_000_000, 1, None], pa.timestamp("us", "America/New_York")),
+    pa.array([1, 1, None], pa.timestamp("us", "Mars/Phobos")),
+    pa.array([2**62, 1, None], pa.duration("s")),
+]
+
+
+@pytest.mark.parametrize("column", UNREADABLE, ids=lambda column: str(column.type))
+def test_an_id_that_python_cannot_hold_is_its_rows_error(tmp_path: Path, column: pa.Array) -> None:
+    table = pa.table({"prompt": ["?"] * 3, "custom_id": column, "label": column})
+    store(tmp_path / "in", "a.parquet", table)
+    first, _, third = prepare(tmp_path / "in", tmp_path)
+    assert isinstance(first, Failure)
+    assert (first.custom_id, first.code) == ("a.parquet:0", ErrorCode.INVALID_MESSAGES)
+    assert first.message.startswith("custom_id is a ")
+    assert "that cannot be read: " in first.message
+    assert isinstance(third, Prepared)
+    found = open_input(str(tmp_path / "in"), renamed={}, carry=None)
+    assert len(find_duplicates(found.files, "custom_id")) == 0
+    parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
+    labels = pa.concat_arrays(c for part in parts for c in part.column("label").chunks)
+    assert labels == column
+
+
+def test_a_template_column_that_python_cannot_hold_is_its_rows_error(tmp_path: Path) -> None:
+    table = pa.table({"day": pa.array([10_000_000, 1], pa.date32()), "meta": ['{"a": 1}', "?"]})
+    table = table.set_column(
+        1, "meta", pa.ExtensionArray.from_storage(pa.json_(), table[1].chunk(0))
+    )
+    store(tmp_path / "in", "a.parquet", table)
+    template = RequestTemplate(prompt="{{ day }}{{ meta.a }}")
+    found = open_input(str(tmp_path / "in"), renamed={}, carry=[], template=template.columns)
+    spec = replace(spec_of(tmp_path / "in", found), renderer=Renderer(template))
+    shard = Shard(0, found.files[0].uri, 0, 2)
+    failures = read_prepared(
+        prepare_block(input_block(shard, read_shard(shard, found.columns)), spec=spec)
+    )
+    messages = [each.message for each in failures if isinstance(each, Failure)]
+    assert messages[0].startswith("day is a date32[day] that cannot be read: ")
+    assert messages[1].startswith("meta is a extension<arrow.json> that cannot be read: ")
+
+
+def as_json(values: list[Any]) -> pa.Array:
+    texts = pa.array([None if value is None else json.dumps(value) for value in values])
+    return pa.ExtensionArray.from_storage(pa.json_(), texts)
+
+
+def json_messages() -> list[pa.Array]:
+    contents = as_json([turn["content"] for (turn,) in MESSAGES])
+    roles = pa.array(["user"] * 3)
+    turns = pa.StructArray.from_arrays([roles, contents], ["role", "content"])
+    lists = pa.ListArray.from_arrays([0, 1, 2, 3], turns)
+    each_turn = pa.ListArray.from_arrays([0, 1, 2, 3], as_json([turn for (turn,) in MESSAGES]))
+    return [as_json(MESSAGES), lists, each_turn]
+
+
+@pytest.mark.parametrize("messages", json_messages(), ids=lambda column: str(column.type))
+def test_json_columns_are_read_as_the_values_they_hold(
+    tmp_path: Path, messages: pa.Array, expected: list[list[int]]
+) -> None:
+    columns = {
+        "custom_id": as_json(["a", 2, None]),
+        "messages": messages,
+        "sampling": as_json([{"max_tokens": 7}, None, {}]),
+        "label": as_json([{"b": 1}, None, "x"]),
+    }
+    store(tmp_path / "in", "a.parquet", pa.table(columns))
+    items = good(prepare(tmp_path / "in", tmp_path))
+    assert tokens(list(items)) == expected
+    assert [item.custom_id for item in items] == ["a", "2", "a.parquet:2"]
+    assert items[0].sampling.max_completion_tokens == 7
+
+
+def test_a_json_prompt_is_its_text(tmp_path: Path) -> None:
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": as_json(["Ä?", "Ä?"])}))
+    store(tmp_path / "plain", "a.parquet", pa.table({"prompt": ["Ä?", "Ä?"]}))
+    found, plain = (tokens(prepare(tmp_path / name, tmp_path / name)) for name in ("in", "plain"))
+    assert found == plain
 
 
 def test_columns_that_are_null_throughout_say_nothing(

@@ -5,11 +5,13 @@ import os
 import random
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, StorageError
+from pipeline.hive import partition_values
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.read import Input, open_input, read_shard
 
@@ -345,6 +347,28 @@ def test_hive_partitions_are_carried_as_strings(tmp_path: Path) -> None:
         for day in ("2026-11-21", "2026-11-22")
         for hour in ("7", None, "a b")
     ]
+
+
+def partitions(path: str) -> dict[str, str | None]:
+    return partition_values(f"s3://b/{path}/part.parquet")
+
+
+def test_percent_encoded_partitions_are_read_as_they_were_before_encoding(tmp_path: Path) -> None:
+    table = "(SELECT '?' AS prompt, 'x/y' AS \"größe\", 'a b=%' AS \"user id\", NULL AS \"nö\")"
+    options = 'FORMAT parquet, PARTITION_BY ("größe", "user id", "nö")'
+    duckdb.sql(f"COPY {table} TO '{tmp_path}/in' ({options})")
+    found = settled(f"{tmp_path}/in")
+    assert "%C3%B6" in found.files[0].uri
+    assert found.columns.carried.names == ["größe", "user id", "nö"]
+    (row,) = read_shard(Shard(0, found.files[0].uri, 0, 1), found.columns).to_pylist()
+    assert row == {"prompt": "?", "größe": "x/y", "user id": "a b=%", "nö": None}
+
+
+def test_partition_folders_are_decoded_once_and_never_to_something_that_is_no_text() -> None:
+    assert partitions("a=1/b=x%3Dy/größe=z") == {"a": "1", "b": "x=y", "größe": "z"}
+    assert partitions("a=100%/b=%zz/c=%2541") == {"a": "100%", "b": "%zz", "c": "%41"}
+    assert partitions("a=%FF/b=/c=__HIVE_DEFAULT_PARTITION__") == {"a": "%FF", "b": "", "c": None}
+    assert partitions("=1/x/a=1/a=2") == {"a": "2"}
 
 
 def test_a_column_of_the_file_comes_before_its_partition(tmp_path: Path) -> None:

@@ -246,7 +246,8 @@ def _violation_by_child(schema: str, text: str) -> str | None:
 
 
 def _pattern_schema(pattern: str) -> str:
-    return json.dumps({"type": "string", "pattern": f"^(?:{pattern})$"})
+    """A schema of texts that match ``pattern``; its dot is any character, as in xgrammar."""
+    return json.dumps({"type": "string", "pattern": f"^(?s:{pattern})$"})
 
 
 @lru_cache(maxsize=256)

@@ -5,7 +5,9 @@ import time
 from typing import Any
 
 import pytest
+import xgrammar
 from pydantic import ValidationError
+from xgrammar.testing import _is_grammar_accept_string
 
 from pipeline.structured import (
     MAX_SPEC_CHARS,
@@ -46,6 +48,9 @@ def structure(**given: Any) -> Structure:
         ({"regex": "[0-9]{3}"}, "1234", "does not match the pattern"),
         ({"regex": "a|bc"}, "bcd", "does not match the pattern"),
         ({"regex": "^ja$|nein"}, "ja", None),
+        ({"regex": "Reason: .*\\nAnswer: (yes|no)"}, "Reason: a,\n\nb\nAnswer: no", None),
+        ({"regex": "[^\\n]*"}, "a\nb", "does not match the pattern"),
+        ({"json": {"type": "string", "pattern": "^a.b$"}}, '"a\\nb"', "does not match"),
         ({"choice": ["yes", "no", "ünï"]}, "ünï", None),
         ({"choice": ["yes", "no"]}, "y", "none of the choices"),
         ({"grammar": 'root ::= "a"'}, "a", None),
@@ -56,6 +61,14 @@ def test_a_text_is_held_to_what_was_asked(
 ) -> None:
     found = violation(structure(**asked), text)
     assert (found is None) if wrong is None else wrong in str(found)
+
+
+@pytest.mark.parametrize("pattern", ["a.b", "a.*b", "a[.]b", "a[^x]b", r"a\Db", r"a\wb"])
+@pytest.mark.parametrize("middle", ["\n", "\r", "\u2028", "-", ".", "z"])
+def test_a_pattern_takes_the_texts_that_xgrammar_makes_by_it(pattern: str, middle: str) -> None:
+    grammar = xgrammar.Grammar.from_regex(pattern)
+    made = _is_grammar_accept_string(grammar, f"a{middle}b")
+    assert (violation(structure(regex=pattern), f"a{middle}b") is None) is made
 
 
 def test_a_json_object_is_an_object() -> None:

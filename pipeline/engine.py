@@ -25,7 +25,13 @@ from pipeline.cpu import Meter, Step
 from pipeline.digests import digest_image, digest_tokens
 from pipeline.engine_spec import EngineSpec
 from pipeline.engine_stats import note_step
-from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
+from pipeline.errors import (
+    EngineError,
+    EngineRefusalError,
+    ErrorCode,
+    RowError,
+    TransientRowError,
+)
 from pipeline.experts import ExpertLayout, ExpertLoad, layout_of, load_of
 from pipeline.images import decode
 from pipeline.profile import locate_model
@@ -97,7 +103,8 @@ class Engine(Protocol):
         Raises:
             RowError: the engine refuses this request, or cannot read an image of it; others are
                 not affected.
-            EngineError: the engine is dead.
+            TransientRowError: the engine failed at this request alone, and might not the next time.
+            EngineError: the engine is dead, or about to end.
         """
 
     def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
@@ -172,15 +179,19 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
-            return _output(await self._final(request), request.sampling.logprobs, self._experts)
+            final = await self._final(request)
         except EngineDeadError as error:
             raise EngineError(f"the engine died: {error.__cause__ or error}") from error
         except EngineGenerateError as error:  # this request's own: the engine goes on
             cause = error.__cause__ or error
             message = f"{type(cause).__name__}: {cause}"
-            raise RowError(ErrorCode.ENGINE_REJECTED, message) from error
+            if isinstance(cause, ValueError | TypeError):
+                raise RowError(ErrorCode.ENGINE_REJECTED, message) from error
+            raise TransientRowError(ErrorCode.ENGINE_ERROR, message) from error
         except (VLLMClientError, ValueError, TypeError) as error:
             raise RowError(ErrorCode.ENGINE_REJECTED, str(error)) from error
+        check_ending(final.outputs[0].finish_reason)
+        return _output(final, request.sampling.logprobs, self._experts)
 
     def listen(self, on_step: Callable[[EngineLoad], None], cpu: Meter) -> None:
         """See ``Engine.listen``. A step is one of the scheduler's, of any data-parallel rank."""
@@ -268,7 +279,7 @@ class Renderer:
             for (_, future), result in zip(wanted, results, strict=True):
                 if future.done():  # cancelled
                     continue
-                if isinstance(result, Exception):
+                if isinstance(result, BaseException):
                     future.set_exception(result)
                 else:
                     future.set_result(result)
@@ -281,7 +292,7 @@ class Renderer:
             for request in requests:
                 try:
                     results.append(self._rendered(request))
-                except Exception as error:  # noqa: BLE001 - raised where the request waits
+                except BaseException as error:  # noqa: BLE001 - raised where the request waits
                     results.append(error)
         return results
 
@@ -294,6 +305,22 @@ class Renderer:
             prompt["multi_modal_uuids"] = {"image": [digest_image(data) for data in request.images]}
         (rendered,) = self._render([prompt])
         return rendered
+
+
+def check_ending(finish_reason: str | None) -> None:
+    """Tell a completion from a request that vLLM finished without one.
+
+    A request that is cancelled here is aborted too, but nobody reads its last output.
+
+    Raises:
+        TransientRowError: vLLM failed at this request: when it unpacked it, for want of an image
+            that it should have kept, or by its grammar.
+        EngineError: vLLM gave it up as its process was ordered to end, as it does with all others.
+    """
+    if finish_reason == "error":
+        raise TransientRowError(ErrorCode.ENGINE_ERROR, "the engine failed at this request")
+    if finish_reason == "abort":
+        raise EngineError("the engine was ordered to end, and gave up its requests")
 
 
 def _start(spec: EngineSpec, on_step: _OnStep) -> AsyncLLM:

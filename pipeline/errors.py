@@ -14,6 +14,7 @@
     │   └── EngineRefusalError         it refuses its arguments: no retry helps
     ├── AccountingError                rows in and rows out do not add up          exit 1
     └── RowError                       one row's failure: becomes that row's record
+        └── TransientRowError          another attempt may succeed
 
 Classes are picklable (they cross process borders inside Ray): every constructor argument is
 handed to ``Exception.__init__`` unchanged.
@@ -55,6 +56,7 @@ class ErrorCode(StrEnum):
     LENGTH = "length"
     SCHEMA_VIOLATION = "schema_violation"
     ENGINE_REJECTED = "engine_rejected"
+    ENGINE_ERROR = "engine_error"
     ENGINE_FATAL = "engine_fatal"
     TIMEOUT = "timeout"
     BATCH_EXPIRED = "batch_expired"
@@ -127,3 +129,7 @@ class RowError(PipelineError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+class TransientRowError(RowError):
+    """An engine failed at one row and goes on; another attempt at the row may succeed."""

@@ -478,6 +478,15 @@ def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob,
     )
 
 
+def well_formed(text: str) -> str:
+    """Put U+FFFD in the place of lone surrogates, which UTF-8 and so Parquet cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def told(message: str, limit: int = _MAX_MESSAGE) -> str:
     """Text that quotes what users wrote, lone surrogates and secrets included, as it may be shown:
     at most ``limit`` characters."""

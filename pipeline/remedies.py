@@ -36,6 +36,9 @@ REMEDIES: Mapping[ErrorCode, str] = {
         "Mend the row's schema or stop strings, or try once more with --retry schema_violation."
     ),
     ErrorCode.ENGINE_REJECTED: "Change the row as the engine's message says.",
+    ErrorCode.ENGINE_ERROR: (
+        "Run the job again with --retry engine_error; if that fails too, the engine's log says why."
+    ),
     ErrorCode.ENGINE_FATAL: (
         "The row kills the engine: change it or the engine, then --retry engine_fatal."
     ),

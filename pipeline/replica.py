@@ -26,11 +26,25 @@ from pipeline.backlog import Backlog, Waiting, expected_steps, prefix_key
 from pipeline.cpu import Meter, Step, thread_laps
 from pipeline.engine import Engine, EngineOutput, EngineRequest
 from pipeline.engine_tokens import EngineTokens
-from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, RowError
+from pipeline.errors import (
+    EngineError,
+    EngineRefusalError,
+    ErrorCode,
+    RowError,
+    TransientRowError,
+)
 from pipeline.experts import ExpertTokens
 from pipeline.plan import OPEN_SHARDS
 from pipeline.quarantine import Quarantine
-from pipeline.records import Completion, Failure, Outcome, Prepared, SampleKey, ToolCall
+from pipeline.records import (
+    Completion,
+    Failure,
+    Outcome,
+    Prepared,
+    SampleKey,
+    ToolCall,
+    well_formed,
+)
 from pipeline.structured import Structure, is_closed, violation
 from pipeline.tool_calls import read_calls
 
@@ -43,6 +57,10 @@ _DEATHS_BEYOND_HALVING = 5
 """Deaths in a row, beyond what halving a window takes, that put the engine itself at fault."""
 _CONVICTIONS_IN_A_ROW = 3
 """Rows in a row that kill the engine: then the engine itself is at fault."""
+_FAILURES_PER_SAMPLE = 3
+"""Times an engine may fail at a sample, and go on, before that is the sample's record."""
+_COMPLETE = ("stop", "length")
+"""The finish reasons of a completion; whatever else an engine says is no success."""
 _CHECKS_PER_STALL = 20
 _DRAIN_SLACK_S = 1.0
 _POLL_S = 0.5
@@ -326,7 +344,7 @@ class Replica:
 
     async def _outcome(self, key: Key, item: Prepared) -> Outcome | None:
         """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
-        attempts = 0
+        attempts = failures = 0
         try:
             request = _request(key, item)
             while (life := await self._admitted(key)) is not None:
@@ -337,15 +355,20 @@ class Replica:
                 except EngineError:
                     if self._is_fatal(life, key):
                         raise _fatal(attempts, life) from None
+                except TransientRowError as error:
+                    failures += 1
+                    if failures == _FAILURES_PER_SAMPLE:
+                        raise
+                    log.info("row %d of shard %d is tried again: %s", key[1], key[0], error)
                 else:
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
                     latency_s = time.monotonic() - started
                     self.expert_tokens.add(output.experts)
-                    fault = await _fault(item.sampling.structure, output)
-                    calls = () if fault else await _tool_calls(key, item, output)
-                    return _completion(key, item, output, latency_s, attempts, fault, calls)
-        except RowError as error:
-            return _failure(key, item, error, attempts)
+                    return await _checked(key, item, output, latency_s, attempts)
+        except (EngineError, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # noqa: BLE001 - told apart in _row_error
+            return _failure(key, item, _row_error(error, item), attempts)
         return None
 
     async def _admitted(self, key: Key) -> _Life | None:
@@ -572,8 +595,32 @@ def _request(key: Key, item: Prepared) -> EngineRequest:
     )
 
 
+def _row_error(error: BaseException, item: Prepared) -> RowError:
+    """Turn any fault of one row into that row's record, here alone; a panic of a library in Rust
+    is no ``Exception``."""
+    if isinstance(error, RowError):
+        return error
+    log.error("row %r could not be completed", item.custom_id, exc_info=error)
+    return RowError(ErrorCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+
+async def _checked(
+    key: Key, item: Prepared, output: EngineOutput, latency_s: float, attempts: int
+) -> Completion:
+    """The completion that the engine's answer makes, with what is wrong with it."""
+    answer = replace(output, text=well_formed(output.text))
+    fault = await _fault(item.sampling.structure, answer)
+    calls = () if fault else await _tool_calls(key, item, answer)
+    return _completion(key, item, answer, latency_s, attempts, fault, calls)
+
+
 async def _fault(structure: Structure | None, output: EngineOutput) -> RowError | None:
-    """What is wrong with a completion that was to have a structure."""
+    """Find what is wrong with a completion: its end, or the structure it was to have."""
+    if output.finish_reason not in _COMPLETE:
+        return RowError(
+            ErrorCode.ENGINE_ERROR,
+            f"the engine ended the completion by {output.finish_reason!r}, not by stop or length",
+        )
     if structure is None:
         return None
     wrong = await asyncio.to_thread(violation, structure, output.text)

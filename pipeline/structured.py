@@ -11,6 +11,7 @@ time (Rust's regex: no look-around, no back-references), and what a schema refer
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ _MAX_EXPANDED = 20_000
 _MAX_LOOKS = 1_000_000
 """At one value, by a schema that refers to itself: a second or so."""
 _CHECK_S = 10.0
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+"""What may stand for half of a surrogate pair."""
 _CHILD = """
 import json, resource, sys
 from jsonschema_rs import RegexOptions, validator_for
@@ -188,7 +191,7 @@ def is_closed(structure: Structure, text: str) -> bool:
 
 def _json_violation(schema: str, text: str) -> str | None:
     try:
-        value = json.loads(text)
+        value = _value(text)
     except (ValueError, RecursionError) as unreadable:
         return f"the text is not JSON: {unreadable}"
     if _may_take_long(schema, value):
@@ -197,10 +200,30 @@ def _json_violation(schema: str, text: str) -> str | None:
         _validator(schema).validate(value)  # ends at the first error, unlike iter_errors
     except ValidationError as found:
         error = found
+    except ValueError as unreadable:  # nested more deeply than it reads
+        return f"the text cannot be checked: {unreadable}"
     else:
         return None
     where = "".join(f"[{step!r}]" for step in error.instance_path)
     return f"the text does not fit the schema: {where or 'all of it'}: {error.message}"
+
+
+def _value(text: str) -> Any:
+    """Read JSON strictly.
+
+    Raises:
+        ValueError: it is no JSON, names a number that JSON lacks, or escapes half of a surrogate
+            pair: most parsers refuse that, and Arrow cannot hold it.
+        RecursionError: it is nested too deeply.
+    """
+    value = json.loads(text, parse_constant=_refuse_constant)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _check_pattern(pattern: str) -> None:

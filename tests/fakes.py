@@ -22,7 +22,8 @@ class EchoEngine:
 
     At most ``seats`` requests are at work, the others wait. Prompts that hold ``refuse_token`` are
     refused; ``die_token`` kills the engine, and all requests inside it; ``hang_token`` makes it
-    stand still, ``slow_token`` takes a request for ever.
+    stand still, ``slow_token`` takes a request for ever. The next ``faults`` are raised by the
+    requests that come first, one each.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class EchoEngine:
         hang_token: int = -1,
         slow_token: int = -1,
         finish_reason: str = "stop",
+        faults: Sequence[BaseException] = (),
     ) -> None:
         self.delay_s = delay_s
         self.finish_reason = finish_reason
+        self.faults = [*faults]
         self.refuse_token = refuse_token
         self.die_token = die_token
         self.hang_token = hang_token
@@ -58,6 +61,8 @@ class EchoEngine:
     async def generate(self, request: EngineRequest) -> EngineOutput:
         """Text: the seed and the number of prompt tokens."""
         self.requests.append(request)
+        if self.faults:
+            raise self.faults.pop(0)
         if self.refuse_token in request.token_ids:
             raise RowError(ErrorCode.ENGINE_REJECTED, "refused")
         for image in request.images:

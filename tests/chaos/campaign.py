@@ -30,7 +30,7 @@ from cluster.lifecycle import LocalCluster
 from tests.chaos import victims
 from tests.chaos.judge import Owner
 from tests.chaos.ledger import Generation, LedgerReader, now
-from tests.chaos.victims import Found, Victim
+from tests.chaos.victims import TERMINATED, Found, Victim
 
 log = logging.getLogger(__name__)
 
@@ -344,7 +344,8 @@ class Campaign:
                     return False
                 pid, where = found.process.pid, found.node
                 at = now()
-                victims.kill(found.process)
+                end = victims.terminate if victim in TERMINATED else victims.kill
+                end(found.process)
         until = now() if victim is Victim.S3 else at
         self._strikes.append(Strike(victim, at, until, pid, where))
         log.info("kill %d: %s, pid %d of %s", len(self._strikes), victim, pid, where)
@@ -357,9 +358,9 @@ class Campaign:
         match victim:
             case Victim.REPLICA:
                 found = victims.replicas(state)
-            case Victim.ENGINE_CORE:
+            case Victim.ENGINE_CORE | Victim.ENGINE_CORE_TERM:
                 found = victims.owned_engines(state, victims.ENGINE_CORE)
-            case Victim.WORKER:
+            case Victim.WORKER | Victim.WORKER_TERM:
                 found = victims.owned_engines(state, victims.WORKER)
             case _:
                 found = victims.with_replica(state, victims.raylets(state))

@@ -29,7 +29,7 @@ from pipeline.profile import load_profile
 from tests.chaos.corpus import Poison, make_corpus
 from tests.chaos.judge import Check
 from tests.chaos.stage import Outcome, Setting, judge_run, no_survivors, set_stage
-from tests.chaos.victims import Victim
+from tests.chaos.victims import ENGINES, WORKERS, Victim
 
 _STRIKE_COLUMNS = ("kill", "at s", "victim", "progress after s", "tokens again", "beyond journal")
 _CHECK_COLUMNS = ("promise", "kept", "seen")
@@ -62,7 +62,7 @@ def draw_victims(kills: int, kinds: Sequence[Victim], rng: Random) -> list[Victi
 def kinds_for(profile: str) -> list[Victim]:
     """What can be killed: an engine of one rank has no worker processes."""
     many = load_profile(profile).ranks > 1
-    return [kind for kind in Victim if many or kind is not Victim.WORKER]
+    return [kind for kind in Victim if many or kind not in WORKERS]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -112,7 +112,7 @@ def _run(
 ) -> tuple[Outcome, dict[str, Any]]:
     kinds = kinds_for(setting.profile)
     if setting.echo_delay_s is not None:
-        kinds = [kind for kind in kinds if kind not in (Victim.WORKER, Victim.ENGINE_CORE)]
+        kinds = [kind for kind in kinds if kind not in ENGINES]
     targets = draw_victims(given.kills, kinds, Random(setting.seed))
     survivors: list[str] = []
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Finding the processes of a run in a mini-cluster, and killing them.
+"""Finding the processes of a run in a mini-cluster, and ending them.
 
 Ray and vLLM write titles over their processes' environments, so a process is known by its title
 and its ancestors: node's part -> raylet -> replica -> engine core -> workers. All are looked for
@@ -24,14 +24,25 @@ _RAYLET = "raylet"
 
 
 class Victim(StrEnum):
-    """What is killed."""
+    """A process, and the blow it gets: SIGKILL, unless the name says SIGTERM."""
 
     DRIVER = "driver"
     REPLICA = "replica"
     ENGINE_CORE = "engine core"
+    ENGINE_CORE_TERM = "engine core, SIGTERM"
     WORKER = "worker"
+    WORKER_TERM = "worker, SIGTERM"
     RAYLET = "raylet"
     S3 = "S3 server"
+
+
+ENGINES = frozenset(
+    {Victim.ENGINE_CORE, Victim.ENGINE_CORE_TERM, Victim.WORKER, Victim.WORKER_TERM}
+)
+"""What an engine without a model has not."""
+WORKERS = frozenset({Victim.WORKER, Victim.WORKER_TERM})
+"""What an engine of one rank has not."""
+TERMINATED = frozenset({Victim.ENGINE_CORE_TERM, Victim.WORKER_TERM})
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,14 @@ def kill(process: psutil.Process) -> None:
     """SIGKILL that very process; none if it is gone (psutil compares start times)."""
     try:
         process.kill()
+    except psutil.NoSuchProcess:
+        return
+
+
+def terminate(process: psutil.Process) -> None:
+    """SIGTERM to that very process, as service managers and batch systems send it."""
+    try:
+        process.terminate()
     except psutil.NoSuchProcess:
         return
 

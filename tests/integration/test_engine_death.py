@@ -1,4 +1,5 @@
-"""The real engine dies, hangs, or is left behind: its rows complete, its processes end.
+"""The real engine dies, hangs, fails at a row, or is left behind: its rows complete, its processes
+end.
 
 One replica at a time, without Ray. The row that kills the engine does so by SIGKILL to the engine
 core, as the kernel does when memory runs out. Not covered: GPUs, and engines over several nodes.
@@ -12,13 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pipeline.admission import AdmissionWindow
+from pipeline.engine import EngineRequest
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import ErrorCode
 from pipeline.profile import load_profile
@@ -27,16 +29,18 @@ from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import Sampling
 from tests.chaos.corpus import MARKER_TOKENS
 from tests.chaos.fragile_engine import FragileVLLM, start_fragile_vllm
+from tests.hostile import png
 
 pytestmark = [pytest.mark.engine, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 ENGINE_CORE = "VLLM::EngineCore"
+IMAGE_TOKEN = 265
 ROWS = 40
 POISON = 5
 
 
 def spec() -> EngineSpec:
-    profile = load_profile("mini-maverick-tp1", overrides={})
+    profile = load_profile("mini-maverick-tp1", overrides={"mm_processor_cache_gb": 0.1})
     return EngineSpec(profile.model, profile.revision, profile.engine_args, profile.env)
 
 
@@ -77,9 +81,18 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
+ENGINES: list[FragileVLLM] = []
+"""Those of the module's replica, the last one at work."""
+
+
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    start = partial(start_fragile_vllm, spec(), ledger=tmp_path_factory.mktemp("book") / "ledger")
+    book = tmp_path_factory.mktemp("book") / "ledger"
+
+    def start() -> FragileVLLM:
+        ENGINES.append(start_fragile_vllm(spec(), ledger=book))
+        return ENGINES[-1]
+
     limits = ReplicaLimits(stall_s=10, flush_s=0.2, row_timeout_s=120)
     replica = Replica(start, limits, AdmissionWindow(8, 8))
     yield replica
@@ -91,18 +104,39 @@ def undisturbed(replica: Replica) -> dict[int, str]:
     return texts(generate(replica, [row(number) for number in range(ROWS)]))
 
 
-def test_a_killed_engine_core_costs_no_row_and_changes_no_text(
-    replica: Replica, undisturbed: dict[int, str]
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
+def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
+    replica: Replica, undisturbed: dict[int, str], blow: signal.Signals
 ) -> None:
     before = replica.engine_restarts
     (core,) = engine_cores()
     batches = replica.generate(0, [row(number) for number in range(ROWS)])
     outcomes = list(next(batches))
-    core.kill()
+    core.send_signal(blow)
     outcomes += [outcome for batch in batches for outcome in batch]
     assert replica.engine_restarts == before + 1
     assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
     assert {outcome.attempts for outcome in outcomes} == {1, 2}
+
+
+def test_an_image_that_the_engine_core_never_got_is_sent_again(replica: Replica) -> None:
+    """A request that is cancelled on its way leaves vLLM's sender in the belief that the core has
+    its image."""
+    asked = replace(row(0, tokens=(*b"See", IMAGE_TOKEN), length=8), images=(png(56, 56),))
+    before = replica.engine_restarts
+    lost = EngineRequest("lost", list(asked.token_ids), asked.images, asked.sampling, seed=0)
+    ENGINES[-1]._renderer._rendered(lost)
+    outcome = generate(replica, [asked])[0]
+    assert isinstance(outcome, Completion)
+    assert (outcome.code, outcome.attempts, outcome.completion_tokens) == (None, 2, 8)
+    assert replica.engine_restarts == before
+
+
+def test_every_way_in_which_vllm_ends_a_request_is_known() -> None:
+    """A new one is a record's error until somebody decides what it is."""
+    from vllm.v1.engine import FINISH_REASON_STRINGS
+
+    assert set(FINISH_REASON_STRINGS) == {"stop", "length", "abort", "error", "repetition"}
 
 
 def test_the_row_that_kills_the_engine_is_found_and_the_others_complete(

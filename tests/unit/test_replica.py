@@ -20,7 +20,7 @@ from pipeline.admission import AdmissionWindow
 from pipeline.digests import digest_tokens
 from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.engine_spec import EngineSpec
-from pipeline.errors import EngineError, EngineRefusalError, ErrorCode
+from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, TransientRowError
 from pipeline.records import Completion, Failure, Outcome, Prepared, Status
 from pipeline.replica import Replica, ReplicaLimits
 from pipeline.sampling import Sampling
@@ -134,6 +134,62 @@ def test_an_answer_without_its_structure_is_errored_and_kept(
     assert isinstance(outcome, Completion)
     assert (outcome.code, outcome.text, outcome.attempts) == (code, "0:1", 1)
     assert json.loads(outcome.sampling or "")["structure"]["kind"]
+
+
+@pytest.mark.parametrize("reason", ["repetition", "abort", "error", "None", "a new one"])
+def test_an_answer_that_ends_in_any_other_way_is_errored_and_kept(reason: str) -> None:
+    engines = Engines(lambda: EchoEngine(finish_reason=reason))
+    (outcome,) = generate([row(0)], engines, window=4)
+    assert isinstance(outcome, Completion)
+    assert (outcome.status, outcome.code) == (Status.ERRORED, ErrorCode.ENGINE_ERROR)
+    assert (outcome.text, outcome.finish_reason) == ("0:1", reason)
+    assert repr(reason) in str(outcome.message)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_row_at_which_the_engine_fails_is_tried_again(failures: int) -> None:
+    faults = [TransientRowError(ErrorCode.ENGINE_ERROR, "no image")] * failures
+    engines = Engines(lambda: EchoEngine(faults=faults))
+    (outcome,) = generate([row(0)], engines, window=4)
+    assert (outcome.status, outcome.attempts) == (Status.SUCCEEDED, failures + 1)
+    assert len(engines.started) == 1
+
+
+def test_a_row_at_which_the_engine_fails_time_after_time_is_errored() -> None:
+    faults = [TransientRowError(ErrorCode.ENGINE_ERROR, "no image")] * 9
+    engines = Engines(lambda: EchoEngine(faults=faults))
+    (outcome,) = generate([row(0)], engines, window=4)
+    assert isinstance(outcome, Failure)
+    assert (outcome.code, outcome.message, outcome.attempts) == ("engine_error", "no image", 3)
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("fault", [MemoryError("32 GB"), KeyError(5), AssertionError(), Panic("p")])
+def test_any_other_fault_is_that_rows_record_and_the_others_complete(fault: BaseException) -> None:
+    engines = Engines(lambda: EchoEngine(faults=[fault]))
+    outcomes = generate([row(number) for number in range(9)], engines, window=1)
+    assert len(outcomes) == 9
+    (failed,) = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    assert failed.code is ErrorCode.INTERNAL_ERROR
+    assert failed.message.startswith(type(fault).__name__)
+
+
+@pytest.mark.parametrize("asked", [{"json": {"properties": {"a": {"type": "integer"}}}}, None])
+def test_a_text_with_half_a_surrogate_pair_costs_its_own_row_only(
+    asked: dict[str, Any] | None,
+) -> None:
+    rows = [structured(asked) if asked else row(0)]
+    (done,) = said('{"a": "\\ud83d"}', *rows)
+    assert (done.text, done.code) == (
+        '{"a": "\\ud83d"}',
+        ErrorCode.SCHEMA_VIOLATION if asked else None,
+    )
+    (raw,) = said("a\ud83db", *rows)
+    assert raw.text == "a\ufffdb"
+    assert raw.code is done.code
 
 
 def test_a_cut_answer_without_a_structure_succeeds() -> None:

@@ -18,6 +18,7 @@ does.
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -40,7 +41,8 @@ _CLOSE_DRAINED_S = 3.0
 _REMIND_S = 60.0
 """Between two lines about a seat that waits."""
 _ASK_AGAIN_S = 10.0
-"""Between two tries for a place that was given back, at least, while the nodes stay the same."""
+"""Between two tries for a place that was given back, at least, while the nodes stay the same; twice
+that at most, by chance, so that runs beside each other do not try in step."""
 
 Item = TypeVar("Item")
 Given = TypeVar("Given", contravariant=True)
@@ -78,7 +80,11 @@ Event = Up[Worker] | Ended[Worker] | Done[Worker, Result]
 
 
 class Cluster(Protocol[Place, Worker, Given, Result]):
-    """What the pool needs of a cluster. No call but ``wait`` blocks."""
+    """What the pool needs of a cluster. No call but ``wait`` blocks.
+
+    What it says of nodes and places may be a moment old, but never older than the last ``reserve``
+    or ``release``, and ``live_nodes`` never older than a place that ``nodes_of`` has found.
+    """
 
     def reserve(self) -> Place:
         """Ask for a place; it may be had at once, later, or never."""
@@ -136,7 +142,8 @@ class _Seat(Generic[Place, Worker, Item]):
     """When it began to wait, or its worker to start."""
     reminded: float = 0.0
     shunned: tuple[frozenset[str], float] | None = None
-    """The nodes as they were when its place was given back for want of CPUs, and when that was."""
+    """The nodes as they were when its place was given back for want of CPUs, and when it may ask
+    again although they are the same."""
     going: bool = False
     """Whether a node of its place is about to be taken away: its worker gets nothing more."""
     failed_starts: int = 0
@@ -232,7 +239,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
     @property
     def _is_needed(self) -> bool:
         """Whether a further worker would find something to do."""
-        return not self.all_read or bool(self._queue)
+        return not self.draining and (not self.all_read or bool(self._queue))
 
     def offer(self, item: Item) -> None:
         """One more shard; they are given out in this order."""
@@ -277,33 +284,54 @@ class Pool(Generic[Place, Worker, Item, Result]):
         self._give_out()
 
     def _seat_all(self) -> None:
+        """One step for all seats, so that the table of places is read once, however many ask."""
         nodes = self._cluster.live_nodes()
         going = self._cluster.going_nodes()
         for seat in self._seats:
             seat.going = bool(seat.nodes & going)
             if seat.nodes - nodes or (seat.going and not seat.work):
                 self._leave_place(seat, "lost its node")
-            if seat.place is None and self._is_needed and self._may_ask(seat, nodes):
-                seat.place = self._cluster.reserve()
-                seat.since = seat.reminded = self._clock()
-            if seat.place is not None and not seat.nodes:
-                self._take_place(seat, nodes)
-            if seat.nodes and seat.worker is None and seat.place is not None and self._is_needed:
-                seat.worker = self._cluster.start(seat.place, seat.name)
-                seat.since = self._clock()
+        if self._is_needed:
+            self._ask_for_places(nodes)
+            self._take_places(nodes)
+            self._start_workers()
+        for seat in self._seats:
             self._remind(seat)
         self._keep_cpus(nodes)
 
-    def _take_place(self, seat: _Seat[Place, Worker, Item], nodes: frozenset[str]) -> None:
-        assert seat.place is not None
-        found = frozenset(self._cluster.nodes_of(seat.place))
+    def _ask_for_places(self, nodes: frozenset[str]) -> None:
+        for seat in self._seats:
+            if seat.place is None and self._may_ask(seat, nodes):
+                seat.place = self._cluster.reserve()
+                seat.since = seat.reminded = self._clock()
+
+    def _take_places(self, nodes: frozenset[str]) -> None:
+        """Take what places there are; one that leaves no CPU to prepare rows is given back.
+
+        One at a time: the next step sees what is free then, and may keep the others.
+        """
+        found = [
+            (seat, seat.place, frozenset(self._cluster.nodes_of(seat.place)))
+            for seat in self._seats
+            if seat.place is not None and not seat.nodes
+        ]
+        found = [(seat, place, held) for seat, place, held in found if held]
         if not found:
             return
         if not self.all_read and self._cluster.spare_cpus(of_all=True) < self._spare_cpus:
-            self._cluster.release(seat.place)
-            seat.place, seat.shunned = None, (nodes, self._clock())
+            seat, place, _ = found[-1]
+            self._cluster.release(place)
+            seat.place = None
+            self._shun(seat, nodes)
             return
-        seat.nodes, seat.shunned = found, None
+        for seat, _, held in found:
+            seat.nodes, seat.shunned = held, None
+
+    def _start_workers(self) -> None:
+        for seat in self._seats:
+            if seat.nodes and seat.worker is None and seat.place is not None:
+                seat.worker = self._cluster.start(seat.place, seat.name)
+                seat.since = self._clock()
 
     def _keep_cpus(self, nodes: frozenset[str]) -> None:
         """Nodes that are lost may have been those that prepared rows: one replica makes room."""
@@ -313,18 +341,24 @@ class Pool(Generic[Place, Worker, Item, Result]):
         if held:
             seat = min(held, key=lambda seat: (seat.up, len(seat.work), -seat.number))
             self._leave_place(seat, "makes room to prepare rows")
-            seat.shunned = (nodes, self._clock())
+            self._shun(seat, nodes)
+
+    def _shun(self, seat: _Seat[Place, Worker, Item], nodes: frozenset[str]) -> None:
+        wait_s = _ASK_AGAIN_S * (1 + random.random())
+        seat.shunned = (nodes, self._clock() + wait_s)
 
     def _may_ask(self, seat: _Seat[Place, Worker, Item], nodes: frozenset[str]) -> bool:
-        """A place just given back is not asked for again at once: it would be the same one."""
+        """A place just given back is not asked for again at once: it would be the same one. Of
+        seats that gave theirs back, one at a time asks again."""
         if seat.shunned is None or self.all_read:
             return True
-        before, when = seat.shunned
-        return nodes != before or self._clock() - when > _ASK_AGAIN_S
+        before, again = seat.shunned
+        asked = any(other.shunned and other.place is not None for other in self._seats)
+        return nodes != before or (self._clock() > again and not asked)
 
     def _give_out(self) -> None:
         """The first shard that waits goes to the replica with the fewest."""
-        while self._queue:
+        while self._queue and not self.draining:
             free = [seat for seat in self._seats if seat.is_open and len(seat.work) < self._depth]
             if not free:
                 return

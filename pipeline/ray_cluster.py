@@ -109,6 +109,7 @@ class RayCluster:
             if entry is None or entry["state"] != "CREATED":
                 return ()
             self._held[place] = frozenset(entry["bundles_to_node_id"].values())
+            self._nodes.forget()  # a new node may be younger than the list of nodes
         return self._held[place]
 
     def release(self, place: PlacementGroup) -> None:
@@ -116,6 +117,7 @@ class RayCluster:
         self._places.discard(place)
         self._held.pop(place, None)
         remove_placement_group(place)
+        self._table.forget()
 
     def live_nodes(self) -> frozenset[str]:
         """See ``pool.Cluster``."""

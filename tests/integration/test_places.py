@@ -40,6 +40,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 NODE = {"num_cpus": 64, "num_gpus": 8, "resources": {"accelerator_type:H100": 1}, "memory": 2**36}
 ONE_NODE = Needs(gpus_per_node=8, cpus_per_node=32, memory_gib_per_node=4, accelerator="H100")
+WHOLE_NODE = Needs(gpus_per_node=8, cpus_per_node=64, memory_gib_per_node=4, accelerator="H100")
 TWO_NODES = Needs(
     nodes=2, gpus_per_node=8, cpus_per_node=32, memory_gib_per_node=4, accelerator="H100"
 )
@@ -129,7 +130,11 @@ def follow(_spec: EngineSpec) -> None:
 
 
 def pool_of(
-    needs: Needs, replicas: int, start: Callable[[EngineSpec], EchoEngine] = echo
+    needs: Needs,
+    replicas: int,
+    start: Callable[[EngineSpec], EchoEngine] = echo,
+    *,
+    spare_cpus: int = 1,
 ) -> Pool[Any, Any, Any, Any]:
     spec = ReplicaSpec(
         to=Destination("/nowhere", "run", "model"),
@@ -139,7 +144,8 @@ def pool_of(
         follow_engine=follow,
     )
     names = [f"{number:032x}" for number in range(replicas)]
-    return Pool(RayCluster(spec, needs, RosterActor.start().handle), names, depth=2, spare_cpus=1)
+    cluster = RayCluster(spec, needs, RosterActor.start().handle)
+    return Pool(cluster, names, depth=2, spare_cpus=spare_cpus)
 
 
 def up(pool: Pool[Any, Any, Any, Any]) -> int:
@@ -213,6 +219,15 @@ def test_profiles_of_all_sizes_share_a_cluster_and_the_last_gets_what_another_ga
             assert sorted(map(taken.count, set(taken))) == [1, 1, 4]
         until(middle, lambda: up(middle) == 1)
         assert len(groups()) == 5
+    assert all_is_given_back()
+
+
+@pytest.mark.usefixtures("nodes")
+def test_replicas_that_ask_together_give_back_no_more_places_than_must_stay_free() -> None:
+    with pool_of(WHOLE_NODE, 3, spare_cpus=3) as pool:  # the head has two
+        until(pool, lambda: up(pool) == 2)
+        assert pool.lacking is not None
+        assert "3 CPU must stay free" in pool.lacking
     assert all_is_given_back()
 
 

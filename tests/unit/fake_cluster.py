@@ -7,7 +7,8 @@ back twice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.capacity import NodeCapacity, waits_for
@@ -187,3 +188,61 @@ class FakeCluster:
         free = self.free(name)
         needs = self.needs
         return free.gpus >= needs.gpus_per_node and free.cpus >= needs.cpus_per_node
+
+
+class SlowCluster(FakeCluster):
+    """Behaves as Ray does: a place is there a moment after it was asked for, and the table of
+    places and the list of nodes are kept for half a second. Counts the reads of the table.
+    """
+
+    def __init__(self, nodes: int, needs: Needs, node: Node, clock: Callable[[], float]) -> None:
+        self.reads = 0
+        self._clock = clock
+        self._asked: dict[FakePlace, float] = {}
+        self._table: dict[FakePlace, tuple[str, ...]] = {}
+        self._table_at = self._nodes_at = -math.inf
+        self._seen: dict[str, Node] = {}
+        super().__init__(nodes, needs, node)
+
+    @property
+    def waiting(self) -> list[FakePlace]:
+        """Places that were asked for and are not there yet."""
+        return [place for place in self.places if not place.nodes]
+
+    def reserve(self) -> FakePlace:
+        place = super().reserve()
+        self._asked[place] = self._clock()
+        self._table_at = -math.inf
+        return place
+
+    def nodes_of(self, place: FakePlace) -> Collection[str]:
+        self._read()
+        if self._table.get(place):
+            self._nodes_at = -math.inf
+        return self._table.get(place, ())
+
+    def release(self, place: FakePlace) -> None:
+        super().release(place)
+        self._table_at = -math.inf
+
+    def live_nodes(self) -> frozenset[str]:
+        if self._clock() - self._nodes_at >= 0.5:
+            self._seen, self._nodes_at = dict(self.nodes), self._clock()
+        return frozenset(self._seen)
+
+    def spare_cpus(self, *, of_all: bool) -> float:
+        self._read()
+        places = self._table if of_all else {place: place.nodes for place in self.held}
+        there = sum(self.nodes[name].cpus for name in self.live_nodes() if name in self.nodes)
+        taken = sum(len(nodes) for nodes in places.values())
+        return there - taken * self.needs.cpus_per_node
+
+    def _read(self) -> None:
+        if self._clock() - self._table_at < 0.5:
+            return
+        self.reads += 1
+        self._table_at = self._clock()
+        for place in self.places:
+            if self._clock() - self._asked[place] >= 0.1:
+                super().nodes_of(place)
+        self._table = {place: place.nodes for place in self.places}

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import EngineError, EngineRefusalError
 from pipeline.pool import Done, Pool
 from pipeline.profile import Needs
-from tests.unit.fake_cluster import FakeCluster, FakePlace, FakeWorker, Node
+from tests.unit.fake_cluster import FakeCluster, FakePlace, FakeWorker, Node, SlowCluster
 
 ONE_NODE = Needs(nodes=1, gpus_per_node=8, cpus_per_node=32, memory_gib_per_node=256)
 TWO_NODES = Needs(nodes=2, gpus_per_node=8, cpus_per_node=32, memory_gib_per_node=256)
@@ -28,10 +28,15 @@ class Clock:
 
 
 def pool_of(
-    cluster: FakeCluster, replicas: int, *, depth: int = 2, clock: Clock | None = None
+    cluster: FakeCluster,
+    replicas: int,
+    *,
+    depth: int = 2,
+    clock: Clock | None = None,
+    spare_cpus: float = 1,
 ) -> FakePool:
     names = [f"replica-{number}" for number in range(1, replicas + 1)]
-    return Pool(cluster, names, depth=depth, spare_cpus=1, clock=clock or Clock())
+    return Pool(cluster, names, depth=depth, spare_cpus=spare_cpus, clock=clock or Clock())
 
 
 def all_up(cluster: FakeCluster, pool: FakePool) -> None:
@@ -312,6 +317,72 @@ def test_runs_beside_each_other_leave_a_cpu_to_prepare_rows() -> None:
         assert (len(cluster.working), len(beside.working)) == (2, 0)
         assert second.lacking is not None
         assert "1 CPU must stay free" in second.lacking
+
+
+def slow_cluster(
+    nodes: int, replicas: int, *, spare_cpus: float = 1
+) -> tuple[SlowCluster, FakePool, Clock]:
+    """Nodes of one CPU each, and a pool that is to leave ``spare_cpus`` of them free."""
+    clock = Clock()
+    cluster = SlowCluster(nodes, ONE_CPU, Node(gpus=0, cpus=1), clock)
+    pool = pool_of(cluster, replicas, clock=clock, spare_cpus=spare_cpus)
+    return cluster, pool, clock
+
+
+def step_for(seconds: float, pool: FakePool, clock: Clock) -> None:
+    for _ in range(round(10 * seconds)):
+        clock.now += 0.1
+        list(pool.step(0))
+
+
+def test_replicas_that_ask_together_keep_all_places_but_the_one_that_must_stay_free() -> None:
+    cluster, pool, clock = slow_cluster(8, 8)
+    step_for(10, pool, clock)
+    assert len(cluster.working) == 7
+
+
+def test_of_replicas_that_gave_their_places_back_one_at_a_time_asks_again() -> None:
+    cluster, pool, clock = slow_cluster(8, 8, spare_cpus=5)
+    step_for(2, pool, clock)
+    most_at_once = 0
+    for _ in range(600):
+        step_for(0.1, pool, clock)
+        most_at_once = max(most_at_once, len(cluster.waiting))
+    assert (len(cluster.working), most_at_once) == (3, 1)
+
+
+def test_a_place_on_a_node_that_has_just_come_is_not_taken_for_lost() -> None:
+    cluster, pool, clock = slow_cluster(1, 2)
+    pool.all_read = True
+    step_for(0.3, pool, clock)  # the list of nodes is read, the table of places not yet
+    pool.offer("a")
+    step_for(0.4, pool, clock)
+    cluster.add_node(Node(gpus=0, cpus=1))
+    step_for(1, pool, clock)
+    assert (len(cluster.working), len(cluster.workers)) == (2, 2)
+
+
+def test_the_table_of_places_is_read_once_however_many_replicas_ask() -> None:
+    cluster, pool, clock = slow_cluster(200, 100)
+    clock.now += 1
+    list(pool.step(0))
+    assert cluster.reads == 1
+
+
+def test_a_pool_that_drains_starts_no_worker_and_gives_no_shard_out() -> None:
+    cluster = FakeCluster(2, ONE_NODE)
+    with pool_of(cluster, 2) as pool:
+        all_up(cluster, pool)
+        for shard in "ab":
+            pool.offer(shard)
+        list(pool.step(0))
+        first, second = cluster.working
+        pool.draining = True
+        cluster.end(first)
+        list(pool.step(0))
+        list(pool.step(0))
+        assert cluster.working == [second]
+        assert list(second.work.values()) == ["b"]
 
 
 def test_a_bad_node_costs_its_replica_only() -> None:

@@ -68,7 +68,8 @@ REMEDY: Mapping[CheckName, str] = {
     "and generates nothing",
     CheckName.ENGINE_TOKENS: "look for a replica that was lost in the run's log; if none was, "
     "please report it",
-    CheckName.REPLAY: "see the reasons, and the texts side by side in verify.json",
+    CheckName.REPLAY: "see the reasons, and the texts side by side in verify.json; where the "
+    "batch is one, --max-mismatch RATE bears that share",
 }
 
 

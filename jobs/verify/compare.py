@@ -15,6 +15,7 @@ from typing import Any
 from jobs.verify.asked import TODAY_SAMPLING, TODAY_SEEDS, RowKey
 from jobs.verify.choose import Chosen
 from pipeline.commit import StoredPart
+from pipeline.profile import FLOAT32
 from pipeline.records import Status
 
 _CONTEXT = 40
@@ -70,6 +71,7 @@ def compare(
     *,
     environment: tuple[str, ...],
     engine: str,
+    dtype: str,
     seconds: float,
 ) -> Replay:
     """What a replay came to.
@@ -79,6 +81,7 @@ def compare(
         parts: the replay's.
         environment: how today's model and versions differ from the run's.
         engine: the fingerprint of the engine in ``run.json``.
+        dtype: what that engine computes in, by vLLM's names.
         seconds: what the replay took.
     """
     pairs = [
@@ -95,7 +98,7 @@ def compare(
             [
                 *_request_differences(old, new),
                 *environment,
-                *_machine_differences(old, part.stats.replica.get("hardware", ""), engine),
+                *_machine_differences(old, part.stats.replica.get("hardware", ""), engine, dtype),
                 *_cache_differences(old.record, new),
             ],
         )
@@ -152,7 +155,7 @@ def _request_differences(before: Chosen, now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _machine_differences(before: Chosen, hardware: str, engine: str) -> list[str]:
+def _machine_differences(before: Chosen, hardware: str, engine: str, dtype: str) -> list[str]:
     found = []
     if before.engine and before.engine != engine:
         found.append("engine arguments: the row was made with others than run.json has")
@@ -160,6 +163,8 @@ def _machine_differences(before: Chosen, hardware: str, engine: str) -> list[str
         found.append(f"hardware: {before.hardware or 'not recorded'} -> {hardware}")
     elif _GPU in hardware:
         found.append("batch: on GPUs the numbers depend on what else is in the batch")
+    elif dtype not in FLOAT32:
+        found.append(f"batch: with dtype {dtype} the numbers depend on what else is in the batch")
     return found
 
 

@@ -36,8 +36,10 @@ def test_as_many_sequences_fit_as_vllm_says_once_it_has_started() -> None:
     assert smollm2.sequences(4096) == 22  # 22.75x; 93,184 tokens
     assert mini.kv_cache is not None
     in_flight = mini.engine_args["max_num_batched_tokens"]
-    one = mini.kv_cache.layout.bytes_per_sequence(4096, 2, in_flight)
-    assert 2**30 / one == 256  # 256.00x
+    one = mini.kv_cache.layout.bytes_per_sequence(4096, 4, in_flight)
+    assert 2**30 / one == 128  # 128.00x
+    in_half = load_profile("mini-maverick-tp1", overrides={"dtype": "bfloat16"})
+    assert in_half.sequences(1024) == 2 * (mini.sequences(1024) or 0) == 1024
 
 
 def test_the_profiles_of_mini_maverick_have_its_own_layout() -> None:

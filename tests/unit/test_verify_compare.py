@@ -3,6 +3,7 @@
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from jobs.verify.asked import TODAY_SAMPLING, TODAY_SEEDS, Asked, as_recorded
 from jobs.verify.checks import State
@@ -66,11 +67,12 @@ def replayed(
     today: dict[str, Any] | None = None,
     hardware: str = CPU,
     environment: tuple[str, ...] = (),
+    dtype: str = "float32",
 ) -> Replay:
     stats = PartStats(0, {}, 1, {}, replica={"hardware": hardware})
     part = StoredPart(table(now, today), stats, "x", "x")
     samples = {(SHARD.uri, 10): before or [chosen()]}
-    return compare(samples, [part], environment=environment, engine="e", seconds=1.0)
+    return compare(samples, [part], environment=environment, engine="e", dtype=dtype, seconds=1.0)
 
 
 def test_the_same_text_and_tokens_are_equal_whatever_the_latency() -> None:
@@ -125,6 +127,14 @@ def test_on_the_same_gpus_the_batch_may_be_the_reason() -> None:
     found = replayed([completion(text="x")], [chosen(hardware=GPU)], hardware=GPU)
     assert found.mismatches[0].reasons == (
         "batch: on GPUs the numbers depend on what else is in the batch",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_in_half_precision_the_batch_may_be_the_reason_on_cpus_too(dtype: str) -> None:
+    found = replayed([completion(text="x")], dtype=dtype)
+    assert found.mismatches[0].reasons == (
+        f"batch: with dtype {dtype} the numbers depend on what else is in the batch",
     )
 
 

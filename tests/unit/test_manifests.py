@@ -127,6 +127,8 @@ def test_every_object_fits_its_schema(path: Path) -> None:
     [
         (("spec", "workerGroupSpec"), []),
         (("spec", "headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("spec", "workerGroupSpecs", 0, "maxReplicas"), "4"),
+        (("spec", "workerGroupSpecs", 0, "template", "metadata", "label"), {}),
         (("spec", "workerGroupSpecs", 0, "template", "spec", "toleration"), []),
         ((*CONTAINER, "image"), 5),
         ((*CONTAINER, "resources", "limits", "memory"), "448 GB"),

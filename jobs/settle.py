@@ -25,6 +25,7 @@ from pipeline.errors import CapacityError, ConfigError, InputError, RowError, St
 from pipeline.fetch import ImageFetcher, check_size
 from pipeline.hardware import usable_cpus
 from pipeline.model import ImageFormat, ModelSpec, accepted_names, load_prompt_format
+from pipeline.plan import InputFile
 from pipeline.prepare import PrepareSpec
 from pipeline.prices import PriceList, load_prices
 from pipeline.profile import EngineProfile, load_profile, locate_model
@@ -123,13 +124,14 @@ def settle(
             accept_changed=options.accept_changed,
         )
 
+    run = look()
     return Job(
         config=config,
-        profile=profile,
+        profile=profile.at(run.manifest["model"]["revision"]),
         prices=prices,
         found=found,
         renderer=renderer_of(config),
-        run=look(),
+        run=run,
         start_engine=start_engine,
         started=started,
         deadline=resolve_deadline(deadline, started=datetime.now(UTC)) if deadline else None,
@@ -138,16 +140,29 @@ def settle(
     )
 
 
-def _find_input(config: JobConfig, *, new_run: bool) -> Input:
+def configured_input(config: JobConfig, planned: Sequence[InputFile]) -> Input:
+    """Open the job's input with the columns that its template takes, if it has one.
+
+    Args:
+        config: the job.
+        planned: files as a saved plan has them, none before there is one.
+
+    Raises:
+        InputError: as ``open_input``.
+    """
     template = config.input.template
+    return open_input(
+        config.input.uri,
+        renamed=config.input.columns,
+        carry=config.output.carry,
+        template=None if template is None else template.columns,
+        planned=planned,
+    )
+
+
+def _find_input(config: JobConfig, *, new_run: bool) -> Input:
     try:
-        return open_input(
-            config.input.uri,
-            renamed=config.input.columns,
-            carry=config.output.carry,
-            template=None if template is None else template.columns,
-            planned=() if new_run else planned_files(config.output.uri),
-        )
+        return configured_input(config, () if new_run else planned_files(config.output.uri))
     except InputError:
         if not new_run:
             check_not_emptied(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ConfigError, ErrorCode, RowError
 from pipeline.images import ImageTiling
-from pipeline.profile import locate_model
+from pipeline.profile import is_commit, locate_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
+_HUB_S = 10.0
+"""Longest wait for the hub's answer to which commit a branch stands for."""
 _SMALL_FILE = 16 * 2**20  # bytes; larger files (weights) enter the revision by name and size
 _NO_LIMIT = 2**40  # tokens; prompts are measured by prepare, the tokenizer need not warn
 _ALWAYS_COUNTED = 2 * 2**20
@@ -337,13 +342,15 @@ def accepted_names(model: str, engine_args: Mapping[str, Any]) -> tuple[str, ...
 
 
 def model_revision(model: str, revision: str | None) -> str:
-    """What pins the model: the hub revision, or a SHA-256 over the folder's files.
+    """What pins the model: the hub's commit, or a SHA-256 over the folder's files.
 
-    Small files enter by content, large ones (weights) by name and size.
+    Small files enter by content, large ones (weights) by name and size. A branch or tag of the hub
+    is resolved to its commit: by the cache of the hub's client, else by the hub. Where neither
+    knows, ``revision`` stays as it is, and a warning says so.
     """
     folder = Path(model)
     if not folder.is_dir():
-        return revision or "main"
+        return _hub_commit(model, revision or "main")
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
         size = path.stat().st_size
@@ -351,6 +358,29 @@ def model_revision(model: str, revision: str | None) -> str:
         if size <= _SMALL_FILE:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _hub_commit(model: str, revision: str) -> str:
+    import httpx  # the hub's client is made of it
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if is_commit(revision):
+        return revision
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+        return HfApi().model_info(model, revision=revision, timeout=_HUB_S).sha or revision
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        log.warning(
+            "the commit behind revision %s of %s is not known here (%s), so run.json names the "
+            "revision alone; a commit in the profile's revision pins the model",
+            revision,
+            model,
+            type(error).__name__,
+        )
+        return revision
 
 
 def _image_format(

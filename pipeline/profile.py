@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import re
 from collections.abc import Mapping
 from datetime import date
 from difflib import get_close_matches
@@ -52,6 +53,11 @@ _PLACED = (
 _BACKENDS = ("distributed_executor_backend", "data_parallel_backend")
 _VLLM_GPU_SHARE = 0.92
 """vLLM 0.32's own default of ``gpu_memory_utilization``."""
+_TUNING = "attn_temperature_tuning"
+_UNTUNED_TOKENS = 32768
+"""Longest context of Llama 4 that needs no such tuning."""
+FLOAT32 = ("float", "float32")
+"""vLLM's names of the type whose elements take 4 bytes."""
 _CACHE_SCHEME = "cache://"
 _LOAD_FORMATS = (
     "auto",
@@ -152,7 +158,7 @@ class EngineProfile(_Section):
     """A folder (relative: to the repo, else to the project installed on the node),
     ``cache://<name>`` or a hub id."""
     revision: str | None = None
-    """Hub revision; null for folders."""
+    """Hub revision; null for folders. A run resolves a branch to its commit once, and keeps it."""
     engine_args: dict[str, Any]
     """vLLM's AsyncEngineArgs by their own names."""
     env: dict[str, str] = {}
@@ -167,6 +173,10 @@ class EngineProfile(_Section):
     """What the KV cache holds; null: unknown, and nothing is checked against it."""
     experts: Annotated[int, Field(ge=1)] | None = None
     """Routed experts of each MoE layer; null: unknown or none, and their spread is not checked."""
+
+    def at(self, revision: str) -> EngineProfile:
+        """The profile with its model pinned to ``revision``, if that is a commit of the hub."""
+        return self.model_copy(update={"revision": revision}) if is_commit(revision) else self
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -202,9 +212,16 @@ class EngineProfile(_Section):
         )
 
     @property
+    def dtype(self) -> str:
+        """Type the engine computes in, by vLLM's names; "auto" is one of two bytes."""
+        return str(self.engine_args.get("dtype", "auto"))
+
+    @property
     def _kv_element_bytes(self) -> float:
-        fp8 = str(self.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8")
-        return 1 if fp8 else 2
+        kept_as = str(self.engine_args.get("kv_cache_dtype", "auto"))
+        if kept_as == "auto":
+            kept_as = self.dtype
+        return 1 if kept_as.startswith("fp8") else 4 if kept_as in FLOAT32 else 2
 
     @property
     def gpu_share(self) -> float:
@@ -271,6 +288,11 @@ class EngineProfile(_Section):
         return self
 
 
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit of the hub: no branch, no tag, no folder's digest."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
+
+
 def load_profile(name_or_path: str, *, overrides: Mapping[str, Any] | None = None) -> EngineProfile:
     """The profile of that name or path, with engine arguments replaced by ``overrides``.
 
@@ -286,9 +308,26 @@ def load_profile(name_or_path: str, *, overrides: Mapping[str, Any] | None = Non
         raise ConfigError(f"{path}: must be a YAML mapping.")
     arguments = {**(document.get("engine_args") or {}), **(overrides or {})}
     try:
-        return EngineProfile.model_validate({**document, "engine_args": arguments})
+        profile = EngineProfile.model_validate({**document, "engine_args": arguments})
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe(error, EngineProfile)}") from None
+    _warn_of_long_contexts(profile)
+    return profile
+
+
+def _warn_of_long_contexts(profile: EngineProfile) -> None:
+    """Llama 4 wants its attention tuned beyond 32,768 tokens (vLLM, pull request 16439)."""
+    generation = profile.engine_args.get("override_generation_config")
+    tuned = generation.get(_TUNING) if isinstance(generation, Mapping) else None
+    if tuned is False and profile.engine_args["max_model_len"] > _UNTUNED_TOKENS:
+        log.warning(
+            "engine_args.max_model_len = %d with %s off: prompts beyond %d tokens lose accuracy; "
+            "set override_generation_config: {%s: true}",
+            profile.engine_args["max_model_len"],
+            _TUNING,
+            _UNTUNED_TOKENS,
+            _TUNING,
+        )
 
 
 def profile_names() -> list[str]:

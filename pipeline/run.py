@@ -39,7 +39,7 @@ from pipeline.errors import ConfigError, RunMismatchError, StorageError
 from pipeline.model import ModelSpec, model_name, model_revision
 from pipeline.openai_output import OPENAI_FILES
 from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
-from pipeline.profile import EngineProfile, locate_model
+from pipeline.profile import EngineProfile, is_commit, locate_model
 from pipeline.read import Input
 from pipeline.redact import redacted
 
@@ -307,13 +307,16 @@ def _manifest(
 ) -> dict[str, Any]:
     model = locate_model(profile.model)
     spec = ModelSpec.from_engine_args(profile.model, profile.revision, profile.engine_args)
+    revision = model_revision(model, profile.revision)
+    branch = {"branch": profile.revision or "main"} if is_commit(revision) else {}
     document = {
         "config": config.model_dump(mode="json"),
-        "engine": profile.model_dump(mode="json"),
+        "engine": profile.at(revision).model_dump(mode="json"),
         "model": {
             "name": model_name(model),
-            "revision": model_revision(model, profile.revision),
+            "revision": revision,
             "max_patches": spec.max_tiles,
+            **branch,
         },
         "input": {
             "uri": config.input.uri,
@@ -347,7 +350,16 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "output.carry": config["output"]["carry"],
         "seed": config["seed"],
         "sampling": config["sampling"],
-        "model": manifest["model"],
+        "model": _model_identity(manifest["model"]),
+    }
+
+
+def _model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A branch that has moved is no change: the run goes on with the commit it began with."""
+    return {
+        "name": model["name"],
+        "revision": model.get("branch", model["revision"]),
+        "max_patches": model.get("max_patches"),
     }
 
 
@@ -393,7 +405,8 @@ def _with_accepted(
     saved: Mapping[str, Any], wanted: Mapping[str, Any], changed: Sequence[str]
 ) -> dict[str, Any]:
     """The saved manifest with the accepted changes, and a history of them."""
-    theirs, ours = _identity(saved), _identity(wanted)
+    theirs = {**_identity(saved), "model": saved["model"]}
+    ours = {**_identity(wanted), "model": wanted["model"]}
     at = datetime.now(UTC).isoformat(timespec="seconds")
     history = [{"key": key, "from": theirs[key], "to": ours[key], "at": at} for key in changed]
     replaced = {key: wanted["config"][key] for key in ("seed", "sampling") if key in changed}

@@ -31,12 +31,18 @@ REPLICA = {"process": "p", "hardware": "2 x CPU", "engine": "e", "version": "v"}
 
 
 def make_run(
-    folder: Path, *, finish: bool = True, jsonl: bool = False, image: bytes | None = None
+    folder: Path,
+    *,
+    finish: bool = True,
+    jsonl: bool = False,
+    image: bytes | None = None,
+    template: str | None = None,
 ) -> Path:
     """A run of two files and four shards in ``folder``; its output folder.
 
     Of each file row 2 asks for two samples, row 3 brings its own seed, row 4 is refused by prepare;
-    row 5 of the second file repeats the id of the first file's row 5. ``image`` is row 1's.
+    row 5 of the second file repeats the id of the first file's row 5. ``image`` is row 1's. With a
+    ``template``, requests are made of the column ``label`` by it.
     """
     (folder / "in").mkdir(parents=True)
     for number in range(2):
@@ -46,7 +52,10 @@ def make_run(
         else:
             pq.write_table(_table(number, image), folder / "in" / f"{number}.parquet")
     document = {
-        "input": {"uri": str(folder / "in")},
+        "input": {
+            "uri": str(folder / "in"),
+            **({} if template is None else {"template": {"prompt": template}}),
+        },
         "output": {"uri": str(folder / "out")},
         "seed": RUN_SEED,
         "engine": {"profile": "mini-maverick-tp1"},

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from jobs.batch import connected
 from jobs.cli import Interrupted, first_signal
-from jobs.settle import Job, Options, flow_spec, renderer_of
+from jobs.settle import Job, Options, configured_input, flow_spec, renderer_of
 from jobs.verify.asked import Asked, RowKey, as_recorded
 from jobs.verify.choose import Chosen, shards_of_rows
 from jobs.verify.compare import Replay, compare
@@ -36,7 +36,6 @@ from pipeline.model import model_revision
 from pipeline.plan import Shard
 from pipeline.prices import PriceList
 from pipeline.profile import locate_model
-from pipeline.read import open_input
 from pipeline.run import versions
 
 log = logging.getLogger(__name__)
@@ -81,6 +80,7 @@ def replay(
         parts,
         environment=_environment(recorded),
         engine=engine_fingerprint(recorded.manifest["engine"]),
+        dtype=recorded.profile.dtype,
         seconds=time.monotonic() - started,
     )
 
@@ -106,17 +106,10 @@ def recorded_job(recorded: Recorded, start_engine: Callable[[EngineSpec], Engine
     """The run's job, with one replica and without bounds on errors."""
     config = recorded.config
     engine = config.engine.model_copy(update={"replicas": 1})
-    section = config.input
-    found = open_input(
-        section.uri,
-        renamed=section.columns,
-        carry=config.output.carry,
-        planned=recorded.run.plan.files,
-    )
     return Job(
         config=config.model_copy(update={"engine": engine}),
         profile=recorded.profile,
-        found=found,
+        found=configured_input(config, recorded.run.plan.files),
         renderer=renderer_of(config),
         run=recorded.run,
         start_engine=start_engine,

@@ -91,6 +91,14 @@ def test_a_rows_own_seed_and_a_refusal_are_shown(out: Path) -> None:
     assert refused["differs"] == []
 
 
+def test_a_row_of_a_run_with_a_template_is_shown_as_the_template_renders_it(tmp_path: Path) -> None:
+    out = make_run(tmp_path, template="Label {{ label }}, please.")
+    shown = describe_row(open_recorded(str(out)), "f1-2")
+    assert "Label 2, please." in shown["request"]["prompt"]
+    assert "Say 2." not in shown["request"]["prompt"]
+    assert shown["records"][0]["label"] == 2
+
+
 def test_images_are_told_by_size_tokens_and_digest(tmp_path: Path) -> None:
     sink = io.BytesIO()
     Image.new("L", (112, 56), 200).save(sink, "PNG")

@@ -28,7 +28,7 @@ STAGES, FOUR_BITS = "maverick-fp8-2x8xh100-pp2", "maverick-w4a16-2xh200"
 WRONG: list[tuple[Case, str]] = [
     ((ONE_NODE, {"tensor_parallel_size": 16}), "attention heads (40) must be divisible"),
     ((ONE_NODE, {"max_model_len": 2_000_000}), "greater than the derived max_model_len"),
-    ((ONE_NODE, {"max_num_batched_tokens": 100}), "greater than or equal to max_num_seqs (512)"),
+    ((ONE_NODE, {"max_num_batched_tokens": 100}), "greater than or equal to max_num_seqs (640)"),
     ((ONE_NODE, {"kv_cache_dtype": "fp7"}), "Input should be 'auto'"),
     ((ONE_NODE, {"block_size": 0}), "block_size"),
     ((ONE_NODE, {"mm_encoder_tp_mode": "some"}), "mm_encoder_tp_mode"),
@@ -81,6 +81,7 @@ def test_vllm_takes_a_shipped_profiles_arguments_as_they_are_meant(
     assert facts["async_scheduling"] is True
     assert facts["hybrid_kv_cache"] is True
     assert facts["quantization"] == "compressed-tensors"
+    assert facts["largest_graph"] >= profile.engine_args["max_num_seqs"]
     balancing = profile.engine_args.get("eplb_config", {})
     assert facts["redundant_experts"] == balancing.get("num_redundant_experts", 0)
 

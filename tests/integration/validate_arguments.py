@@ -97,6 +97,8 @@ class Facts:
     """Whether chunked layers keep their chunk only, as ``pipeline.kv_cache`` counts."""
     quantization: str
     redundant_experts: int
+    largest_graph: int
+    """Sequences of the largest CUDA graph."""
     nodes: list[tuple[int, int]]
     """Of each node of a replica: its first data-parallel rank, and its place within that rank."""
 
@@ -189,6 +191,7 @@ def facts(model: Path, profile: EngineProfile, overrides: Mapping[str, Any]) -> 
         hybrid_kv_cache=not scheduler.disable_hybrid_kv_cache_manager,
         quantization=str(config.model_config.quantization),
         redundant_experts=parallel.eplb_config.num_redundant_experts,
+        largest_graph=config.compilation_config.max_cudagraph_capture_size,
         nodes=[
             (each.parallel_config.data_parallel_rank, each.parallel_config.node_rank_within_dp)
             for each in configs

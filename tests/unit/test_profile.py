@@ -68,6 +68,26 @@ def test_maverick_profiles_divide_its_heads_and_experts(name: str) -> None:
     assert EXPERTS % profile.expert_parallel_size == 0
 
 
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("maverick")])
+def test_contexts_beyond_32768_tokens_have_temperature_tuning_as_the_model_wants(name: str) -> None:
+    arguments = load_profile(name).engine_args
+    tuned = arguments["override_generation_config"]["attn_temperature_tuning"]
+    assert tuned is (arguments["max_model_len"] > 32768)
+
+
+def test_a_longer_context_without_its_tuning_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    load_profile("maverick-fp8-8xh100", overrides={"max_model_len": 32768})
+    assert not caplog.records
+    load_profile("maverick-fp8-8xh100", overrides={"max_model_len": 65536})
+    assert "65536 with attn_temperature_tuning off: prompts beyond 32768 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("maverick")])
+def test_cuda_graphs_reach_as_far_as_a_step_of_decoding(name: str) -> None:
+    arguments = load_profile(name).engine_args
+    assert arguments.get("max_cudagraph_capture_size", 512) >= arguments["max_num_seqs"]
+
+
 def test_experts_over_two_nodes_are_balanced_with_a_copy_for_each_gpu() -> None:
     arguments = load_profile("maverick-fp8-2x8xh100").engine_args
     assert arguments["enable_eplb"] is True
@@ -285,17 +305,17 @@ def test_what_the_long_context_leaves_for_concurrency() -> None:
     profile = load_profile("maverick-fp8-8xh200-1m")
     assert profile.engine_args["max_model_len"] == 2**20
     assert profile.engine_args["override_generation_config"] == {"attn_temperature_tuning": True}
-    assert profile.sequences(2**20) == 22
-    assert profile.sequences(2**17) == 153
+    assert profile.sequences(2**20) == 24
+    assert profile.sequences(2**17) == 171
 
 
 def test_a_length_that_not_one_sequence_can_have_is_refused_before_the_weights_are_loaded() -> None:
     arguments = {"max_model_len": 2**20, "kv_cache_dtype": "auto", "max_num_batched_tokens": 2**17}
     assert load_profile("maverick-fp8-8xh100", overrides={"max_model_len": 2**20})
     with pytest.raises(
-        ConfigError, match=r"max_model_len = 1048576: one such.* 91\.4 GB .* 63\.0 GB"
+        ConfigError, match=r"max_model_len = 1048576: one such.* 91\.4 GB .* 60\.4 GB"
     ):
-        load_profile("maverick-fp8-8xh100", overrides={**arguments, "gpu_memory_utilization": 0.8})
+        load_profile("maverick-fp8-8xh100", overrides={**arguments, "gpu_memory_utilization": 0.75})
 
 
 @pytest.mark.parametrize("share", [None, "much", True, 0, 1.2])

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotReadyError
 from contextlib import contextmanager
@@ -41,9 +42,10 @@ from pipeline.openai_output import OPENAI_FILES, write_openai_output
 from pipeline.prices import Usage, money
 from pipeline.progress import ProgressDisplay
 from pipeline.reopen import reopen
-from pipeline.report import Result, RunStatus, Totals, judge, total, write_report
+from pipeline.report import Result, RunStatus, judge, write_report
 from pipeline.roster import Snapshot
 from pipeline.run import Run
+from pipeline.totals import Sums, Totals
 from pipeline.watch import Reason, Watch
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def run_batch(
                 "--accept-changed changes nothing: nothing is left to make with it, and it is not "
                 "written down; give it together with --retry"
             )
-        result = _finish(job, [])
+        result = _finish(job, _Parts(job.run))
     else:
         result = _execute(job)
     _summarize(result)
@@ -91,9 +93,10 @@ def run_batch(
 def _execute(job: Job) -> Result:
     """Run what is pending. Nothing is written before the cluster is known to hold the replicas."""
     if job.run.plan.rows == 0 or not (job.run.pending or job.options.retry):
-        with _owned(job) as (owned, lease), _told(owned, lease) as (live, earlier):
-            made = [_commit_empty(owned)] if owned.run.pending else []
-            return live.conclude(_finish(owned, made, lease, earlier))
+        with _owned(job) as (owned, lease), _told(owned, lease) as (live, parts):
+            if owned.run.pending:
+                parts.add(_commit_empty(owned))
+            return live.conclude(_finish(owned, parts, lease))
     here = local_node()
     if here is not None:
         check_capacity(job, [here])  # before a Ray is started for it
@@ -102,9 +105,9 @@ def _execute(job: Job) -> Result:
     with (
         connected(job),
         _owned(job) as (owned, lease),
-        _told(owned, lease) as (live, earlier),
+        _told(owned, lease) as (live, parts),
     ):
-        return live.conclude(_generate(owned, lease, live, earlier))
+        return live.conclude(_generate(owned, lease, live, parts))
 
 
 @contextmanager
@@ -149,10 +152,10 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
 
 
 @contextmanager
-def _told(job: Job, lease: Lease) -> Iterator[tuple[LiveRun, _Earlier]]:
+def _told(job: Job, lease: Lease) -> Iterator[tuple[LiveRun, _Parts]]:
     """Within, ``_progress.json`` tells of this start, with what the parts before it hold."""
     run, config = job.run, job.config
-    earlier = _Earlier(run)
+    parts = _Parts(run)
     about = About(
         uri=run.uri,
         id=run.id,
@@ -166,18 +169,20 @@ def _told(job: Job, lease: Lease) -> Iterator[tuple[LiveRun, _Earlier]]:
         owner=lease.owner,
         fewest_replicas=config.engine.fewest_replicas,
     )
-    with LiveRun(about, earlier_totals=earlier.totals, lease_lost=lambda: lease.lost) as live:
-        yield live, earlier
+    try:
+        with LiveRun(about, earlier_totals=parts.earlier, lease_lost=lambda: lease.lost) as live:
+            yield live, parts
+    finally:
+        parts.stop()
 
 
-def _generate(job: Job, lease: Lease, live: LiveRun, earlier: _Earlier) -> Result:
+def _generate(job: Job, lease: Lease, live: LiveRun, parts: _Parts) -> Result:
     """Run the flow to its end; a failure or a signal on the way still leaves a report."""
     from pipeline.flow import run_shards
 
     run, limits = job.run, job.config.limits
     log.info("running %d of %d shards into %s", len(run.pending), len(run.plan.shards), run.uri)
     rows_done = run.plan.rows - sum(shard.rows for shard in run.pending)
-    generated: list[PartStats] = []
     with ProgressDisplay(total=run.plan.rows, done=rows_done) as display:
         watch = Watch(
             max_error_rate=limits.max_error_rate,
@@ -200,55 +205,48 @@ def _generate(job: Job, lease: Lease, live: LiveRun, earlier: _Earlier) -> Resul
         try:
             if run.pending and not watch.is_late():
                 with first_signal(watch.interrupt):
-                    # extend() takes them one by one: after a failure, those before it are there
-                    generated.extend(run_shards(flow_spec(job), run.pending, look))
+                    for stats in run_shards(flow_spec(job), run.pending, look):
+                        parts.add(stats)
         except (PipelineError, Interrupted) as error:
             status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
-            return _broken(job, lease, status, str(error), generated, earlier)
-    return _conclude(job, lease, watch, generated, earlier)
+            return _broken(job, lease, status, str(error), parts)
+    return _conclude(job, lease, watch, parts)
 
 
-def _conclude(
-    job: Job, lease: Lease, watch: Watch, generated: list[PartStats], earlier: _Earlier
-) -> Result:
+def _conclude(job: Job, lease: Lease, watch: Watch, parts: _Parts) -> Result:
     """What comes after the flow: the end, or what the reason to stop asks for."""
     match watch.stop and watch.stop.reason:
         case None:
-            return _finish(job, generated, lease, earlier)
+            return _finish(job, parts, lease)
         case Reason.LEASE_LOST:
             assert watch.stop is not None
             raise LeaseLostError(watch.stop.message)
         case Reason.DEADLINE:
-            return _expire(job, lease, generated, earlier)
+            return _expire(job, lease, parts)
         case reason:
             assert watch.stop is not None
             over = reason is Reason.ERROR_RATE
             status = RunStatus.OVER_ERROR_RATE if over else RunStatus.INTERRUPTED
-            return _broken(job, lease, status, watch.stop.message, generated, earlier)
+            return _broken(job, lease, status, watch.stop.message, parts)
 
 
-def _expire(job: Job, lease: Lease, generated: list[PartStats], earlier: _Earlier) -> Result:
+def _expire(job: Job, lease: Lease, parts: _Parts) -> Result:
     """The deadline has passed: what is left becomes ``expired``, and the run ends as complete."""
     from pipeline.flow import expire_shards
 
-    done = {stats.shard for stats in generated}
-    left = [shard for shard in job.run.pending if shard.index not in done]
+    left = [shard for shard in job.run.pending if shard.index not in parts.sums]
     log.info("the deadline has passed; %d open shards end as they are", len(left))
     lease.confirm()
     try:
-        expired = list(expire_shards(flow_spec(job), left)) if left else []
+        for stats in expire_shards(flow_spec(job), left) if left else ():
+            parts.add(stats)
     except (PipelineError, Interrupted) as error:
-        return _broken(job, lease, RunStatus.INTERRUPTED, str(error), generated, earlier)
-    return _finish(job, [*generated, *expired], lease, earlier, deadline_passed=True)
+        return _broken(job, lease, RunStatus.INTERRUPTED, str(error), parts)
+    return _finish(job, parts, lease, deadline_passed=True)
 
 
 def _finish(
-    job: Job,
-    generated: Sequence[PartStats],
-    lease: Lease | None = None,
-    earlier: _Earlier | None = None,
-    *,
-    deadline_passed: bool = False,
+    job: Job, parts: _Parts, lease: Lease | None = None, *, deadline_passed: bool = False
 ) -> Result:
     """Account for every row, write the reports and, last, ``_SUCCESS``.
 
@@ -256,21 +254,20 @@ def _finish(
         AccountingError: rows are missing, or a part is of another run; no ``_SUCCESS`` is written.
         LeaseLostError: the run is another driver's by now.
     """
-    parts = _all_parts(job.run, generated, earlier or _Earlier(job.run))
-    totals = total(parts)
+    totals = _all_parts(job.run, parts)
     result = Result(
         status=judge(job.run.plan.rows, totals, job.config.limits.max_error_rate),
         run=job.run.uri,
         rows_total=job.run.plan.rows,
         totals=totals,
         seconds=job.seconds,
-        generated_rows=_rows_of(generated),
+        generated_rows=parts.generated_rows,
         deadline_passed=deadline_passed,
     )
     if lease is not None:
         if job.found.is_jsonl:
-            log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), len(parts))
-            write_openai_output(job.to, len(parts), lease.confirm)
+            log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), totals.parts)
+            write_openai_output(job.to, totals.parts, lease.confirm)
         lease.confirm()
         write_report(result, job.run.manifest, _money(job, result))
         clear_journals(job.run.uri)
@@ -278,32 +275,25 @@ def _finish(
     return result
 
 
-def _broken(
-    job: Job,
-    lease: Lease,
-    status: RunStatus,
-    error: str,
-    generated: Sequence[PartStats],
-    earlier: _Earlier,
-) -> Result:
+def _broken(job: Job, lease: Lease, status: RunStatus, error: str, parts: _Parts) -> Result:
     """The result of a run that stopped half-way, with what the output folder holds by now.
 
     Raises:
         LeaseLostError: the run is another driver's by now, and so is its report.
     """
-    known = {stats.shard: stats for stats in [*earlier.stats(_TOTALS_S), *generated]}
+    parts.wait(_TOTALS_S)
     result = Result(
         status=status,
         run=job.run.uri,
         rows_total=job.run.plan.rows,
-        totals=total(known.values()),
+        totals=parts.sums.totals(),
         seconds=job.seconds,
-        generated_rows=_rows_of(generated),
+        generated_rows=parts.generated_rows,
         error=error,
     )
     try:
         with storage.patience(_TOTALS_S):
-            result = _with_all_parts(job, result, known)
+            result = _with_all_parts(job, result, parts)
             lease.confirm()
             write_report(result, job.run.manifest, _money(job, result))
     except LeaseLostError:
@@ -327,63 +317,90 @@ def _money(job: Job, result: Result) -> Mapping[str, Any]:
     return money(job.prices, job.profile, job.config.engine.most_replicas, usage)
 
 
-def _with_all_parts(job: Job, result: Result, known: Mapping[int, PartStats]) -> Result:
+def _with_all_parts(job: Job, result: Result, parts: _Parts) -> Result:
     """The result with parts whose stats did not reach this driver, as far as they can be read."""
     committed = committed_shards(job.run.uri, job.run.plan)
-    unknown = committed - set(known) - job.run.done
-    late = read_stats(job.run.uri, sorted(unknown))
-    parts = [*known.values(), *late]
-    unread = len(committed) - len(parts)
+    unknown = {shard for shard in committed - job.run.done if shard not in parts.sums}
+    for stats in read_stats(job.run.uri, sorted(unknown)):
+        parts.add(stats)
+    totals = parts.sums.totals()
+    unread = len(committed) - totals.parts
     return replace(
         result,
-        totals=total(parts),
-        generated_rows=result.generated_rows + _rows_of(late),
+        totals=totals,
+        generated_rows=parts.generated_rows,
         details={"parts_not_counted": unread} if unread else {},
     )
 
 
-class _Earlier:
-    """The stats of parts that were there before this start, read while the run goes on."""
+class _Parts:
+    """Sums of the run's parts: of this start's as they are committed, of earlier ones as a thread
+    reads their footers while the run goes on."""
 
     def __init__(self, run: Run) -> None:
-        self._totals: Totals | None = None
+        self.sums = Sums()
+        """Of all parts known so far."""
+        self.generated_rows = 0
+        """Rows that this start made: neither expired nor taken over from earlier journals."""
+        self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1)
-        self._found: Future[list[PartStats]] = self._pool.submit(
-            read_stats, run.uri, sorted(run.done)
-        )
+        self._reading: Future[Totals] = self._pool.submit(self._read, run)
 
-    def totals(self) -> Totals | None:
-        """Their sums; None while they are being read, or if they cannot be."""
-        found = self._found
-        if self._totals is None and found.done() and not found.cancelled():
-            self._totals = None if found.exception() else total(found.result())
-        return self._totals
+    def add(self, stats: PartStats) -> None:
+        """Count a part of this start; a shard that a lost node made twice counts once."""
+        if self.sums.add(stats):
+            self.generated_rows += stats.generated_rows
 
-    def stats(self, timeout_s: float | None = None) -> list[PartStats]:
-        """All of them; none if they are not there within ``timeout_s``."""
+    def earlier(self) -> Totals | None:
+        """The sums of the parts before this start; None until all are read, or if one cannot be."""
+        found = self._reading
+        is_known = found.done() and not found.cancelled() and found.exception() is None
+        return found.result() if is_known else None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the earlier parts are read; after ``timeout_s`` the rest is given up.
+
+        Raises:
+            StorageError: one of them cannot be read, and there is no ``timeout_s``.
+        """
         try:
-            return self._found.result(timeout_s)
-        except NotReadyError:
-            return []
+            self._reading.result(timeout_s)
+        except (NotReadyError, StorageError):
+            if timeout_s is None:
+                raise
         finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self.stop()
+
+    def stop(self) -> None:
+        """Read no more of the earlier parts, but for the few that are being read."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, run: Run) -> Totals:
+        earlier = Sums()
+        for stats in read_stats(run.uri, sorted(run.done)):
+            if self._stopped.is_set():
+                break
+            earlier.add(stats)
+            self.sums.add(stats)
+        return earlier.totals()
 
 
-def _all_parts(run: Run, generated: Sequence[PartStats], earlier: _Earlier) -> list[PartStats]:
-    """One per shard; a shard that a lost node made twice counts once."""
-    parts = {stats.shard: stats for stats in [*earlier.stats(), *generated]}
-    if len(parts) != len(run.plan.shards):
-        raise AccountingError(f"{len(run.plan.shards) - len(parts)} shards have no part")
-    for stats in parts.values():
-        if stats.run != run.id:
-            uri = part_uri(run.uri, stats.shard)
-            raise AccountingError(f"{uri} is of another run; delete it and run the command again")
-    return list(parts.values())
+def _all_parts(run: Run, parts: _Parts) -> Totals:
+    """The totals of the whole run.
 
-
-def _rows_of(parts: Sequence[PartStats]) -> int:
-    """Rows that were made: neither expired nor taken over from the journals of earlier attempts."""
-    return sum(sum(part.rows.values()) - part.taken_over for part in parts)
+    Raises:
+        AccountingError: a shard has no part, or one of another run.
+    """
+    parts.wait()
+    totals = parts.sums.totals()
+    if totals.parts != len(run.plan.shards):
+        raise AccountingError(f"{len(run.plan.shards) - totals.parts} shards have no part")
+    foreign = parts.sums.foreign(run.id)
+    if foreign is not None:
+        uri = part_uri(run.uri, foreign)
+        raise AccountingError(f"{uri} is of another run; delete it and run the command again")
+    return totals
 
 
 def _commit_empty(job: Job) -> PartStats:

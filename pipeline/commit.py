@@ -17,8 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
@@ -30,6 +29,7 @@ from pipeline.errors import AccountingError, StorageError
 from pipeline.experts import PackedLoad
 from pipeline.histogram import latency_bucket, length_bucket
 from pipeline.pace import Pace
+from pipeline.parallel import mapped
 from pipeline.plan import Plan, Shard
 from pipeline.records import (
     Completion,
@@ -131,6 +131,11 @@ class PartStats:
     version (the engine's); empty if no replica did."""
     experts: PackedLoad | None = None
     """Tokens by expert, of its replica's engine since the part before; None: it does not tell."""
+
+    @property
+    def generated_rows(self) -> int:
+        """Rows that the attempt that committed the part made."""
+        return sum(self.rows.values()) - self.taken_over
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -434,14 +439,13 @@ def read_stored_part(output_uri: str, shard: int) -> StoredPart:
     )
 
 
-def read_stats(output_uri: str, shards: Iterable[int]) -> list[PartStats]:
-    """The stats of committed parts, from their footers, in parallel.
+def read_stats(output_uri: str, shards: Iterable[int]) -> Iterator[PartStats]:
+    """The stats of committed parts in the order of ``shards``, from their footers, in parallel.
 
     Raises:
         StorageError: a part is not readable, or was not written by this program.
     """
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        return list(pool.map(lambda shard: _read_stats(part_uri(output_uri, shard)), shards))
+    return mapped(lambda shard: _read_stats(part_uri(output_uri, shard)), shards, _FOOTER_THREADS)
 
 
 def _read_stats(uri: str) -> PartStats:

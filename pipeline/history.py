@@ -8,6 +8,7 @@ them; between machines they are as good as their clocks.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,6 +62,26 @@ class Throughput:
         return sum(sum(stretch.rows) for stretch in self.stretches)
 
 
+class Stretches:
+    """Joins stretches as they come, in any order, where less than a pause lies between."""
+
+    def __init__(self) -> None:
+        self._joined: list[Stretch] = []
+
+    def __iter__(self) -> Iterator[Stretch]:
+        """In order of time."""
+        return iter(self._joined)
+
+    def add(self, new: Stretch) -> None:
+        """Add one; it may close the gap between others."""
+        known = self._joined
+        low = bisect_right(known, new.start - PAUSE_S, key=lambda stretch: stretch.end)
+        high = bisect_left(known, new.end + PAUSE_S, key=lambda stretch: stretch.start)
+        near = [new, *known[low:high]]
+        start, end = min(each.start for each in near), max(each.end for each in near)
+        known[low:high] = [Stretch(start, end)]
+
+
 @dataclass(slots=True)
 class ReplicaHistory:
     """What one replica committed."""
@@ -76,19 +97,19 @@ class ReplicaHistory:
     """By process; more than one: the replica was started again."""
     cold_starts_s: dict[str, float] = field(default_factory=dict)
     """By process, seconds until its engine was up; those that recorded it."""
-    _open: list[Stretch] = field(default_factory=list)
+    _open: Stretches = field(default_factory=Stretches)
 
     def add(self, part: PartStats, attempt: Attempt, opened: Stretch) -> None:
         """Add a part of its own, which was open for a time."""
         self.nodes.add(attempt.node)
         self.parts += 1
-        self.rows += sum(part.rows.values()) - part.taken_over
+        self.rows += part.generated_rows
         self.tokens += part.made_tokens
         restarts = self.engine_restarts.get(attempt.process, 0)
         self.engine_restarts[attempt.process] = max(restarts, attempt.engine_restarts)
         if attempt.cold_start_s:
             self.cold_starts_s[attempt.process] = attempt.cold_start_s
-        self._open.append(opened)
+        self._open.add(opened)
 
     def stretches(self) -> tuple[Stretch, ...]:
         """When it had shards open that it committed, as far as that can be told apart."""
@@ -113,7 +134,7 @@ class StartHistory:
         self.first_open = min(self.first_open or attempt.opened, attempt.opened)
         self.end = max(self.end, part.committed_at)
         self.parts += 1
-        self.rows += sum(part.rows.values()) - part.taken_over
+        self.rows += part.generated_rows
         self.replicas.add(attempt.replica)
 
 
@@ -124,7 +145,7 @@ class History:
         self._pace = PaceSum()
         self._replicas: dict[str, ReplicaHistory] = {}
         self._starts: dict[float, StartHistory] = {}
-        self._open: list[Stretch] = []
+        self._open = Stretches()
         for part in parts:
             self.add(part)
 
@@ -135,7 +156,7 @@ class History:
         if attempt is None:
             return
         opened = Stretch(attempt.opened, max(attempt.opened, part.committed_at))
-        self._open.append(opened)
+        self._open.add(opened)
         name = attempt.replica
         self._replicas.setdefault(name, ReplicaHistory(name)).add(part, attempt, opened)
         self._starts.setdefault(attempt.start, StartHistory(attempt.start)).add(part, attempt)
@@ -154,7 +175,7 @@ class History:
 
     def throughput(self) -> Throughput:
         """Rows and tokens over time, without the pauses, in at most ``MOST_BINS`` bins."""
-        opened = list(_joined(self._open, PAUSE_S))
+        opened = list(self._open)
         pace = self._pace.total()
         while sum(map(len, spans := _spans(pace, opened))) > MOST_BINS:
             pace = self._pace.total(2 * pace.bin_s)
@@ -185,9 +206,9 @@ def _spans(pace: Pace, opened: Iterable[Stretch]) -> list[range]:
 
 
 def _few(stretches: Iterable[Stretch]) -> tuple[Stretch, ...]:
-    """Joined where less than a pause lies between, and further until there are few."""
+    """Join them further, across longer and longer gaps, until there are few."""
     gap = PAUSE_S
-    joined = list(_joined(stretches, gap))
+    joined = list(stretches)
     while len(joined) > MOST_STRETCHES:
         gap *= 2
         joined = list(_joined(joined, gap))

@@ -9,12 +9,12 @@ goes only once its other records are written down.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import storage
 from pipeline.commit import Destination, PartStats, part_uri, read_part, read_stats
 from pipeline.errors import ConfigError, ErrorCode
 from pipeline.journal import Journal, journaled_shards
+from pipeline.parallel import mapped
 from pipeline.plan import Plan, Shard
 from pipeline.records import Outcome, Status
 
@@ -62,14 +62,15 @@ def reopen(
     """
     matches = _matching(what)
     committed = [shard for shard in plan.shards if shard.index in done]
-    stats = read_stats(to.output_uri, [shard.index for shard in committed])
+    stats = read_stats(to.output_uri, (shard.index for shard in committed))
     touched = [shard for shard, of in zip(committed, stats, strict=True) if _has_any(of, what)]
     journaled = journaled_shards(to.output_uri).difference(done)
     still_open = [shard for shard in plan.shards if shard.index in journaled]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        of_parts = pool.map(lambda shard: _reopen_part(to, shard, matches, confirm), touched)
-        of_journals = pool.map(lambda shard: Journal(to, shard).drop(matches, confirm), still_open)
-        return sum(of_parts) + sum(of_journals)
+    of_parts = mapped(lambda shard: _reopen_part(to, shard, matches, confirm), touched, _THREADS)
+    of_journals = mapped(
+        lambda shard: Journal(to, shard).drop(matches, confirm), still_open, _THREADS
+    )
+    return sum(of_parts) + sum(of_journals)
 
 
 def _has_any(stats: PartStats, what: Collection[str]) -> bool:

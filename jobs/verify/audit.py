@@ -28,6 +28,7 @@ from pipeline.commit import PartStats, part_uri
 from pipeline.errors import StorageError
 from pipeline.journal import journaled_shards
 from pipeline.openai_output import OPENAI_FILES
+from pipeline.parallel import mapped
 from pipeline.plan import InputFile, Shard
 from pipeline.records import OUTPUT_SCHEMA, Status, carried_names
 from pipeline.report import Totals, total
@@ -100,16 +101,12 @@ def audit(recorded: Recorded) -> Audit:
 def _audited(shards: Sequence[Shard], expected: Expected) -> Iterator[PartAudit]:
     """The audits of parts in plan order, several at a time; says how far it is."""
     next_line = time.monotonic() + _TELL_S
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        audits = pool.map(partial(audit_part, expected=expected), shards)
-        for count, part in enumerate(audits, start=1):
-            if time.monotonic() > next_line:
-                next_line = time.monotonic() + _TELL_S
-                log.info("%d of %d parts audited", count, len(shards))
-            yield part
-    finally:
-        pool.shutdown(cancel_futures=True)
+    audits = mapped(partial(audit_part, expected=expected), shards, _THREADS)
+    for count, part in enumerate(audits, start=1):
+        if time.monotonic() > next_line:
+            next_line = time.monotonic() + _TELL_S
+            log.info("%d of %d parts audited", count, len(shards))
+        yield part
 
 
 def _expected(recorded: Recorded, shards: Sequence[Shard], changed: frozenset[str]) -> Expected:

@@ -68,7 +68,7 @@ def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
     outcomes = [*OUTCOMES[:-1], replace(OUTCOMES[-1], finished_at=7.5)]
     stats = summarize(SHARD, outcomes, 1.0, RUN, attempt=attempt)
     commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
-    assert read_stats(f"file://{tmp_path}", [0]) == [stats]
+    assert list(read_stats(f"file://{tmp_path}", [0])) == [stats]
     assert pq.read_schema(tmp_path / "data" / "part-000000.parquet").names == [
         *OUTPUT_SCHEMA.names,
         "l",
@@ -165,7 +165,7 @@ def test_a_part_that_another_program_wrote_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"x": [1]}), uri.removeprefix("file://"))
     with pytest.raises(StorageError, match="not written by this program"):
-        read_stats(f"file://{tmp_path}", [0])
+        list(read_stats(f"file://{tmp_path}", [0]))
 
 
 @pytest.mark.parametrize("size", [0, 3, 11, 700])
@@ -175,7 +175,7 @@ def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path, size: int) -> N
     path.write_bytes(path.read_bytes()[:size])
     remedy = r"part-000000\.parquet is damaged .*delete it and run the command again"
     with pytest.raises(StorageError, match=remedy):
-        read_stats(f"file://{tmp_path}", [0])
+        list(read_stats(f"file://{tmp_path}", [0]))
     with pytest.raises(StorageError, match=remedy):
         read_part(f"file://{tmp_path}", 0)
 
@@ -195,7 +195,7 @@ def test_a_part_whose_footer_is_damaged_is_named_with_the_remedy(tmp_path: Path)
     content = path.read_bytes()
     path.write_bytes(content[:-300] + bytes(292) + content[-8:])
     with pytest.raises(StorageError, match=r"damaged .*delete it and run the command again"):
-        read_stats(f"file://{tmp_path}", [0])
+        list(read_stats(f"file://{tmp_path}", [0]))
 
 
 def test_a_part_with_stats_of_another_form_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_part_with_stats_of_another_form_is_named_with_the_remedy(tmp_path: Pa
     part = pa.table({"x": [1]}).replace_schema_metadata({"maverick.part": '{"rowz": 1}'})
     pq.write_table(part, tmp_path / "data" / "part-000000.parquet")
     with pytest.raises(StorageError, match=r"damaged .*delete it and run the command again"):
-        read_stats(f"file://{tmp_path}", [0])
+        list(read_stats(f"file://{tmp_path}", [0]))
 
 
 @pytest.mark.parametrize("rows", [0, 3])

@@ -10,9 +10,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.capacity import PREPARE_CPUS, NodeCapacity, missing, this_machine
@@ -24,6 +24,7 @@ from pipeline.engine_spec import EngineSpec
 from pipeline.errors import CapacityError, ConfigError, InputError, RowError, StorageError
 from pipeline.fetch import ImageFetcher, check_size
 from pipeline.hardware import usable_cpus
+from pipeline.input_files import HIDDEN
 from pipeline.model import ImageFormat, ModelSpec, accepted_names, load_prompt_format
 from pipeline.plan import InputFile
 from pipeline.prepare import PrepareSpec
@@ -113,6 +114,9 @@ def settle(
     prices = load_prices(config.prices)
     found = _find_input(config, new_run=options.new_run)
     check_place(config, found)
+    for left_out in found.left_out:
+        if left_out.reason != HIDDEN:
+            log.warning("input: %s", left_out)
     deadline = config.limits.deadline
 
     def look() -> Run:
@@ -222,7 +226,11 @@ def describe(job: Job) -> Result:
         run.manifest["model"]["name"],
         run.uri,
     )
-    details = {"pending_rows": rows_left, "pending_shards": len(run.pending)}
+    details: dict[str, Any] = {
+        "pending_rows": rows_left,
+        "pending_shards": len(run.pending),
+        "left_out": [asdict(each) for each in job.found.left_out],
+    }
     images = _image_format(job.profile)
     if images is not None:
         details["image_tokens_max"] = images.tiling.most_tokens

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.jsonl import is_jsonl, iterate_rows
+from pipeline.jsonl import iterate_rows
 from pipeline.openai_input import read_line
 from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.values import Unreadable, python_values
@@ -217,7 +217,7 @@ def _repeating(
 
 def _read_ids(file: InputFile, column: str) -> Iterator[tuple[int, list[str | None]]]:
     """Batches of a file's ids: number of the first row, then each row's id or None."""
-    read = _read_line_ids(file) if is_jsonl(file.uri) else _read_column(file, column)
+    read = _read_line_ids(file) if file.is_jsonl else _read_column(file, column)
     try:
         yield from read
     except FileNotFoundError:

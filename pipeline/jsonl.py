@@ -20,11 +20,6 @@ _CHUNK = 8 * 2**20  # bytes per read
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def is_jsonl(uri: str) -> bool:
-    """Whether the file at ``uri`` is OpenAI batch JSONL: its suffix says so (contract)."""
-    return uri.endswith(".jsonl")
-
-
 def iterate_rows(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Each row of a file, from its beginning: (offset, content)."""
     offset = _skip_byte_order_mark(file)

@@ -49,6 +49,13 @@ class InputFile:
     rows: int
     data_bytes: int
     """Bytes of all columns, decompressed, by the footer; of JSONL, the file's."""
+    form: str = ""
+    """``parquet`` or ``jsonl`` if the content told; empty if the suffix does."""
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether it is OpenAI batch JSONL."""
+        return self.form == "jsonl" if self.form else self.uri.lower().endswith(".jsonl")
 
     def changes(self, found: InputFile) -> str:
         """What ``found``, the same file asked for anew, has otherwise; empty if nothing."""

@@ -19,7 +19,6 @@ from pipeline.digests import digest_tokens
 from pipeline.errors import ErrorCode, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
-from pipeline.jsonl import is_jsonl
 from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
 from pipeline.openai_input import BatchLine, read_line
@@ -217,7 +216,7 @@ def _parse(
     input_file: str,
     parameters: _Parameters,
 ) -> _Parsed | Failure:
-    line = read_line(row["line"]) if is_jsonl(input_file) else None
+    line = read_line(row["line"]) if spec.columns.is_jsonl else None
     given = line.custom_id if line else row.get("custom_id")
     usable = given is not None and not isinstance(given, Unreadable)
     custom_id = str(given) if usable else f"{storage.name(input_file)}:{number}"

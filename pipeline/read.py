@@ -21,7 +21,8 @@ from pipeline import storage
 from pipeline.errors import InputError, StorageError
 from pipeline.fetch import input_root
 from pipeline.hive import partition_values
-from pipeline.jsonl import is_jsonl, read_rows, row_offsets
+from pipeline.input_files import Form, LeftOut, form_by_suffix, list_input, strange_content
+from pipeline.jsonl import read_rows, row_offsets
 from pipeline.openai_input import URL_COLUMN, read_line
 from pipeline.plan import InputFile, Offsets, Shard
 from pipeline.template import ROW_PREFIX
@@ -32,7 +33,6 @@ REQUEST_COLUMNS = ("custom_id", "prompt", "messages", "images", "sampling")
 _NOT_CARRIED = frozenset({"custom_id", "prompt", "messages", "images", "sampling"})
 LINE_COLUMN = "line"
 """The one column of a JSONL row: its bytes."""
-_PARQUET = (".parquet", ".pq")
 _LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataType]], ...] = (
     (pa.types.is_list, pa.list_),
     (pa.types.is_large_list, pa.large_list),
@@ -43,6 +43,8 @@ _LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataT
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
 _SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
 _MAX_BATCH_ROWS = 1024
+_MAGIC_BYTES = 8
+"""Of a file's beginning: they tell what it is not."""
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -95,6 +97,11 @@ class InputColumns:
     carried: pa.Schema
     """Columns copied to the output; present, with one type, in every file or in its path."""
 
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether rows are lines of OpenAI batch JSONL."""
+        return LINE_COLUMN in self.request
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Input:
@@ -110,11 +117,13 @@ class Input:
     """Where the rows start of each JSONL file that was scanned."""
     names: frozenset[str] = frozenset()
     """Columns that some Parquet file, or its path, has."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files at the input's URIs that are not read."""
 
     @property
     def is_jsonl(self) -> bool:
         """Whether the files are OpenAI batch JSONL."""
-        return is_jsonl(self.files[0].uri)
+        return self.columns.is_jsonl
 
     def row_offsets(self) -> Mapping[str, Offsets]:
         """Where the rows start of every JSONL file; those not scanned yet are scanned.
@@ -122,7 +131,7 @@ class Input:
         Raises:
             InputError: a file cannot be read, or is not the one that was looked at.
         """
-        return {file.uri: self._offsets_of(file) for file in self.files if is_jsonl(file.uri)}
+        return {file.uri: self._offsets_of(file) for file in self.files if file.is_jsonl}
 
     def _offsets_of(self, file: InputFile) -> Offsets:
         if file.uri in self.offsets:
@@ -158,19 +167,18 @@ def open_input(
             the file.
     """
     given = [uris] if isinstance(uris, str) else list(uris)
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        listed = dict(zip(given, pool.map(_list, given), strict=True))
+    listing = list_input(given)
+    listed = listing.by_uri
     found = {entry.uri: entry for entries in listed.values() for entry in entries}
     entries = [found[uri] for uri in sorted(found)]
-    _check_one_form(entries)
     roots = {uri: input_root(uri, listed[uri][0].uri) for uri in given}
     folders = tuple(dict.fromkeys(roots.values()))
     single = {uri for uri in given if storage.absolute(uri).rstrip("/") == listed[uri][0].uri}
     searched = tuple(dict.fromkeys(roots[uri] for uri in given if uri not in single))
-    if is_jsonl(entries[0].uri):
+    if listing.form is Form.JSONL:
         columns = _jsonl_columns(entries[0].uri, renamed, carry, template)
         files, offsets = _look_at_lines(entries, planned)
-        return Input(files, columns, folders, searched, offsets)
+        return Input(files, columns, folders, searched, offsets, left_out=listing.left_out)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, entries))
     partitions = {
@@ -182,35 +190,7 @@ def open_input(
     files = tuple(file for file, _ in footers)
     columns = _settle_columns(schemas, renamed, carry, template)
     names = frozenset(name for schema in schemas.values() for name in schema.names)
-    return Input(files, columns, folders, searched, {}, names)
-
-
-def _list(uri: str) -> list[storage.FileEntry]:
-    """The input files at ``uri``."""
-    storage.check_reachable(uri)
-    try:
-        entries = storage.list_files(uri)
-    except (FileNotFoundError, StorageError) as error:
-        raise InputError(f"input.uri {uri} cannot be listed: {error}.") from None
-    found = [entry for entry in entries if entry.uri.endswith(_PARQUET) or is_jsonl(entry.uri)]
-    if not found and not entries:
-        raise InputError(f"input.uri {uri}: there is no file.")
-    if not found:
-        raise InputError(
-            f"input.uri {uri}: found {len(entries)} files, none of them ending in .parquet or "
-            ".jsonl."
-        )
-    return found
-
-
-def _check_one_form(entries: Sequence[storage.FileEntry]) -> None:
-    lines = [entry.uri for entry in entries if is_jsonl(entry.uri)]
-    tables = [entry.uri for entry in entries if not is_jsonl(entry.uri)]
-    if lines and tables:
-        raise InputError(
-            f"input.uri: {lines[0]} is JSONL, but {tables[0]} is Parquet; a run reads one form: "
-            "give a glob, or a list of files."
-        )
+    return Input(files, columns, folders, searched, {}, names, listing.left_out)
 
 
 def _jsonl_columns(
@@ -246,10 +226,20 @@ def _look_at_lines(
 def _scan(entry: storage.FileEntry) -> tuple[InputFile, Offsets]:
     try:
         with storage.open_input(entry.uri) as handle:
-            offsets = row_offsets(handle)
+            strange = strange_content(handle.read(_MAGIC_BYTES))
+            handle.seek(0)
+            offsets = None if strange else row_offsets(handle)
     except (FileNotFoundError, StorageError) as error:
         raise InputError(f"{entry.uri}: cannot be read: {error}.") from None
-    return InputFile(entry.uri, entry.size, entry.version, len(offsets), entry.size), offsets
+    if offsets is None:
+        raise InputError(f"{entry.uri}: {strange}.")
+    form = _form_told(entry.uri, Form.JSONL)
+    file = InputFile(entry.uri, entry.size, entry.version, len(offsets), entry.size, form)
+    return file, offsets
+
+
+def _form_told(uri: str, form: Form) -> str:
+    return "" if form_by_suffix(uri) is form else form
 
 
 def read_shard(
@@ -299,7 +289,7 @@ def _compare(planned: InputFile) -> None:
 
 
 def _read_planned_rows(shard: Shard, columns: InputColumns, planned: InputFile | None) -> pa.Table:
-    if is_jsonl(shard.uri):
+    if columns.is_jsonl:
         with storage.open_input(shard.uri) as handle:
             table = _line_table(read_rows(handle, shard.first_byte, shard.end_byte))
     else:
@@ -406,14 +396,27 @@ def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
             metadata = pq.read_metadata(handle)
             schema = metadata.schema.to_arrow_schema()
     except (FileNotFoundError, StorageError, pa.ArrowException) as error:
-        raise InputError(f"{entry.uri}: is not a readable Parquet file: {error}.") from None
+        what = _told_content(entry.uri) or f"is not a readable Parquet file: {error}"
+        raise InputError(f"{entry.uri}: {what}.") from None
     if len(set(schema.names)) != len(schema.names):
         double = next(name for name in schema.names if schema.names.count(name) > 1)
         raise InputError(f"{entry.uri}: has two columns named {double!r}.")
     groups = range(metadata.num_row_groups)
     data_bytes = sum(metadata.row_group(group).total_byte_size for group in groups)
-    file = InputFile(entry.uri, entry.size, entry.version, metadata.num_rows, data_bytes)
+    form = _form_told(entry.uri, Form.PARQUET)
+    file = InputFile(entry.uri, entry.size, entry.version, metadata.num_rows, data_bytes, form)
     return file, schema
+
+
+def _told_content(uri: str) -> str | None:
+    """What a file is that is no Parquet; None if it looks like some, or cannot be read."""
+    try:
+        head = storage.read_bytes(uri, limit=_MAGIC_BYTES)
+    except (FileNotFoundError, StorageError):
+        return None
+    if head.startswith(b"{"):
+        return "holds JSON lines; let its name end in .jsonl"
+    return strange_content(head)
 
 
 def _settle_columns(

@@ -169,12 +169,14 @@ def check_folder(uri: str) -> None:
                 raise InputError(f"{uri}: {place} is a file, not a folder.")
 
 
-def list_files(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> list[FileEntry]:
+def list_files(
+    uri: str, *, suffixes: tuple[str, ...] = ("",), hidden: bool = False
+) -> list[FileEntry]:
     """Files at ``uri`` (a file, a folder taken recursively, or a glob), sorted by URI.
 
     In folders, names that start with ``_`` or ``.`` are skipped at every level (the convention
-    of Spark, Arrow and DuckDB), and only names ending in one of ``suffixes`` are kept. An absent
-    folder gives an empty list.
+    of Spark, Arrow and DuckDB) unless ``hidden`` asks for them, and only names ending in one of
+    ``suffixes`` are kept. An absent folder gives an empty list.
 
     Raises:
         StorageError: some of it cannot be listed; there is no listing of the rest.
@@ -186,7 +188,7 @@ def list_files(uri: str, *, suffixes: tuple[str, ...] = ("",)) -> list[FileEntry
         return [
             _entry(fs, info)
             for info in infos
-            if (has_glob(uri) or _is_visible(info["name"].rstrip("/")[len(root) :]))
+            if (hidden or has_glob(uri) or _is_visible(info["name"].rstrip("/")[len(root) :]))
             and info["name"].endswith(suffixes)
         ]
 

@@ -17,6 +17,7 @@ from cluster.preflight.clocks import Offset, offset
 from cluster.preflight.findings import Check, Fault, shared
 from pipeline import storage
 from pipeline.errors import InputError, StorageError
+from pipeline.input_files import list_input
 from pipeline.redact import redacted_text
 
 _PATIENCE_S = 10.0
@@ -140,13 +141,7 @@ def _problem(uri: str, action: Callable[[], object]) -> list[str]:
 
 
 def _find_first(uri: str, files: list[str]) -> None:
-    storage.check_reachable(uri)
-    found = storage.list_files(uri, suffixes=(".parquet", ".jsonl"))
-    if not found:
-        raise InputError(
-            f"input.uri {uri}: no .parquet or .jsonl file is there; put the input there"
-        )
-    files.append(found[0].uri)
+    files.append(list_input([uri]).by_uri[uri][0].uri)
 
 
 def _read(uri: str) -> None:

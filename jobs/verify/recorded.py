@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, RunMismatchError, StorageError
-from pipeline.jsonl import is_jsonl
 from pipeline.plan import InputFile
 from pipeline.profile import EngineProfile, load_profile
 from pipeline.redact import MASK
@@ -40,7 +39,7 @@ class Recorded:
     @property
     def is_jsonl(self) -> bool:
         """Whether its input is OpenAI batch JSONL."""
-        return is_jsonl(self.run.plan.files[0].uri)
+        return self.run.plan.files[0].is_jsonl
 
     @cached_property
     def profile(self) -> EngineProfile:

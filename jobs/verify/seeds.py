@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.errors import RowError, StorageError
-from pipeline.jsonl import is_jsonl
 from pipeline.openai_input import read_line
 from pipeline.plan import Shard
 from pipeline.read import LINE_COLUMN, InputColumns, read_shard
@@ -29,16 +28,17 @@ def own_seeds(
     Rows without one, and rows whose parameters are wrong, are left out.
     """
     theirs = config.input.columns.get("sampling", "sampling")
-    request = {LINE_COLUMN: LINE_COLUMN} if is_jsonl(shard.uri) else {"sampling": theirs}
+    is_jsonl = shard.end_byte > 0
+    request = {LINE_COLUMN: LINE_COLUMN} if is_jsonl else {"sampling": theirs}
     if shard.uri in changed:
         return None
     try:
-        if not is_jsonl(shard.uri) and theirs not in _column_names(shard.uri):
+        if not is_jsonl and theirs not in _column_names(shard.uri):
             return {}
         table = read_shard(shard, InputColumns(request, _NONE_CARRIED))
     except (FileNotFoundError, StorageError, pa.ArrowException):
         return None
-    seeds = _line_seeds(table) if is_jsonl(shard.uri) else _row_seeds(table, theirs)
+    seeds = _line_seeds(table) if is_jsonl else _row_seeds(table, theirs)
     rows = enumerate(seeds, start=shard.first_row)
     return {row: seed for row, seed in rows if seed is not None}
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pipeline.jsonl import is_jsonl, iterate_rows, read_rows, row_offsets
+from pipeline.jsonl import iterate_rows, read_rows, row_offsets
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,3 @@ def test_a_line_of_100_mb_and_its_neighbours_are_found() -> None:
     content = b"{}\n" + long + b"\n[]\n"
     assert row_offsets(io.BytesIO(content)).tolist() == [0, 3, 3 + len(long) + 1]
     assert [len(row) for _, row in iterate_rows(io.BytesIO(content))] == [2, len(long), 2]
-
-
-@pytest.mark.parametrize(
-    ("uri", "expected"),
-    [("s3://b/in/a.jsonl", True), ("file:///a.jsonl.gz", False), ("/in.jsonl/a.parquet", False)],
-)
-def test_the_suffix_tells(uri: str, expected: bool) -> None:
-    assert is_jsonl(uri) == expected

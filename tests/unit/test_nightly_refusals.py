@@ -95,6 +95,17 @@ def test_an_output_beside_a_single_input_file_is_fine(tmp_path: Path, good: dict
     assert (code, result["rows"]["total"]) == (0, 1), stderr
 
 
+def test_a_dry_run_tells_which_files_of_the_input_it_leaves_out(
+    tmp_path: Path, good: dict[str, Any]
+) -> None:
+    (tmp_path / "in" / "b.parquet.gz").write_bytes(b"?")
+    code, result, stderr = run(tmp_path, good, "--dry-run")
+    (left_out,) = result["left_out"]
+    assert (code, left_out["files"]) == (0, 1)
+    assert left_out["examples"] == [f"file://{tmp_path}/in/b.parquet.gz"]
+    assert f"1 file left out (file://{tmp_path}/in/b.parquet.gz): they are compressed" in stderr
+
+
 def test_a_wrong_argument_is_told_in_the_same_form(tmp_path: Path, good: dict[str, Any]) -> None:
     code, result, _ = run(tmp_path, good, "--foo")
     assert (code, result["status"]) == (2, "invalid")

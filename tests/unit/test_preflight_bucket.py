@@ -139,7 +139,7 @@ def test_an_input_without_files_is_a_fault(store: FakeS3) -> None:
     assert first_files(["s3://batch/in/"]) == (["s3://batch/in/a.parquet"], [])
     files, (problem,) = first_files(["s3://batch/empty/"])
     assert files == []
-    assert "input.uri s3://batch/empty/: no .parquet or .jsonl file is there" in problem
+    assert "input.uri s3://batch/empty/: there is no file" in problem
 
 
 def test_a_stores_clock_that_is_minutes_ahead_is_a_fault(store: FakeS3) -> None:

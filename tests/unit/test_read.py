@@ -172,7 +172,7 @@ def test_images_may_have_another_type_in_each_file(tmp_path: Path) -> None:
     ("files", "renamed", "carry", "message"),
     [
         ({}, {}, None, "there is no file"),
-        ({"a.txt": None}, {}, None, "found 1 files, none of them ending in .parquet or .jsonl"),
+        ({"a.txt": None}, {}, None, "found 1 files, none of which can be read: 1 file left"),
         ({"a.parquet": None}, {}, None, r"a\.parquet: is not a readable Parquet file"),
         ({"a.parquet": b""}, {}, None, r"a\.parquet: is not a readable Parquet file.* 0 bytes"),
         (

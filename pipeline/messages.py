@@ -1,25 +1,60 @@
 """What a row asks for: chat messages and the images they refer to, in one normal form.
 
-In: a row's ``prompt``, ``messages`` and ``images`` values in any of the contract's shapes. Out: a
-``Chat`` (plain role/content dictionaries for a chat template, and image sources in prompt order),
-or ``RowError(invalid_messages)``. A raw prompt, which no template touches, is a ``RawPrompt``.
+In: a row's ``prompt``, ``messages`` and ``images`` values in any of the contract's shapes, and in
+those of OpenAI, vLLM, Qwen and transformers. Out: a ``Chat`` (plain role/content dictionaries for a
+chat template, and image sources in prompt order), or ``RowError(invalid_messages)``. A raw prompt,
+which no template touches, is a ``RawPrompt``.
+
+A key that this module does not know is left out, which the log says once, unless it may hold a part
+of the prompt: a picture, a file or a call (``_CONTENT_KEYS``). Such a row is refused.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import ErrorCode, RowError
+
+log = logging.getLogger(__name__)
 
 _MESSAGE_KEYS = ("role", "content", "name")
 _KEYS_OF_ROLE = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_PART_TYPES = ("text", "image", "image_url")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""The key that has the text of a part, by the part's type; as in vLLM."""
+_IMAGE_PARTS = {
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+}
+"""The keys that may have the image of a part, by the part's type: OpenAI's, Qwen's, transformers'.
+A part of type ``image`` that has none takes the next image of the row."""
+_CONTENT_KEYS = frozenset(
+    {
+        *("text", "image", "image_url", "url", "path", "base64", "image_embeds", "image_pil"),
+        *("images", "source", "file", "file_id", "file_data", "files", "attachments"),
+        *("audio", "audio_url", "input_audio", "video", "video_url", "function_call", "tools"),
+        *("tool_calls", "tool_call_id", "value", "parts", "message"),
+    }
+)
+"""Keys of messages and parts that may hold what the model is to see: never left out."""
+_REMEDIES = {
+    "from": "this is ShareGPT's form: give role (user for human, assistant for gpt) and content",
+    "function_call": "give tool_calls",
+    "images": "put them into the images column, with a part {'type': 'image'} for each",
+    "tools": "give them as the request's tools",
+}
+_IMAGE_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk")
+"""Base64 of the first bytes of PNG, JPEG, WebP, GIF, TIFF (two) and BMP."""
+_LEAST_BASE64 = 40
+"""Characters of the smallest image in base64; a shorter text is a URI."""
 
 ImageSource = bytes | str
 """Encoded bytes, or a URI to fetch them from."""
@@ -77,10 +112,10 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
         images = [images]  # a column of single images, as many data sets have it
     if images is not None and not isinstance(images, list):
         raise RowError(ErrorCode.IMAGE_INVALID, f"images is {type(images).__name__}, not a list")
-    sources = [_image_source(item, index) for index, item in enumerate(images or ())]
-    if messages is None:
+    sources = [_image_source(item, f"images[{index}]") for index, item in enumerate(images or ())]
+    if messages is None or (messages in ("", []) and prompt):
         return _from_prompt(prompt, sources)
-    if prompt is not None:
+    if prompt not in (None, ""):
         raise _invalid("give prompt or messages, not both")
     turns = _load(messages)
     attached: list[ImageSource] = []
@@ -129,16 +164,17 @@ def _turn(
         raise _invalid(f"{where} must be an object with role and content")
     role = turn.get("role")
     if role not in _ROLES:
-        raise _invalid(f"{where}.role = {role!r}: must be one of {', '.join(_ROLES)}")
+        remedy = _remedy("from" if "from" in turn else "")
+        raise _invalid(f"{where}.role = {role!r}: must be one of {', '.join(_ROLES)}{remedy}")
     given = {key: value for key, value in turn.items() if value not in (None, [])}
     known = {"role": role, **_known_keys(given, role, where)}
     content = given.get("content")
-    if content is None and "tool_calls" in known:
+    if content is None:
         return {**known, "content": None}
     if isinstance(content, str):
         return {**known, "content": _checked_text(content, f"{where}.content")}
-    if not isinstance(content, list) or not content:
-        raise _invalid(f"{where}.content must be a string or a non-empty list of parts")
+    if not isinstance(content, list):
+        raise _invalid(f"{where}.content must be a string or a list of parts")
     parts = [
         _part(part, f"{where}.content[{number}]", unused, attached)
         for number, part in enumerate(content)
@@ -148,15 +184,13 @@ def _turn(
 
 def _known_keys(given: Mapping[str, Any], role: str, where: str) -> dict[str, Any]:
     """What a message has beside role and content."""
-    for key in given:
-        if key not in (*_MESSAGE_KEYS, *_KEYS_OF_ROLE.get(role, ())):
-            raise _invalid(f"{where}.{key} is not supported")
+    _check_keys(given, (*_MESSAGE_KEYS, *_KEYS_OF_ROLE.get(role, ())), where)
     known = {
         key: _string(given[key], f"{where}.{key}")
-        for key in ("name", "tool_call_id")
-        if key in given
+        for key in ("name", *_KEYS_OF_ROLE.get(role, ()))
+        if key in given and key != "tool_calls"
     }
-    if "tool_calls" not in given:
+    if role != "assistant" or "tool_calls" not in given:
         return known
     calls = given["tool_calls"]
     if not isinstance(calls, list):
@@ -165,39 +199,57 @@ def _known_keys(given: Mapping[str, Any], role: str, where: str) -> dict[str, An
     return {**known, "tool_calls": [_call(c, f"{where}.tool_calls[{i}]") for i, c in numbered]}
 
 
+def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Refuse what may be a part of the prompt under a key that is not ``known``; warn of others."""
+    for key, value in given.items():
+        if key in known or value in (None, "", []):
+            continue
+        if key in _CONTENT_KEYS:
+            raise _invalid(f"{where}.{key} is not supported{_remedy(key)}")
+        _warn_of_key(key)
+
+
+def _remedy(key: str) -> str:
+    return f"; {_REMEDIES[key]}" if key in _REMEDIES else ""
+
+
+@lru_cache(maxsize=256)
+def _warn_of_key(key: str) -> None:
+    """Once per process."""
+    log.warning("messages have a key %r, which is left out of the prompt", key[:80])
+
+
 def _call(call: Any, where: str) -> dict[str, Any]:
     """An earlier call of a tool, its arguments parsed, as chat templates want them."""
-    function = _keys(call, ("id", "type", "function"), where).get("function")
+    function = _object(call, ("id", "type", "function"), where).get("function")
     if call.get("type") not in (None, "function"):
         raise _invalid(f"{where}.type = {call['type']!r}: must be function")
-    said = _keys(function, ("name", "arguments"), f"{where}.function")
+    said = _object(function, ("name", "arguments"), f"{where}.function")
     name = _string(said.get("name"), f"{where}.function.name")
     arguments = _arguments(said.get("arguments", ""), f"{where}.function.arguments")
     own = {"id": _string(call["id"], f"{where}.id")} if call.get("id") is not None else {}
     return {**own, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _arguments(text: Any, where: str) -> dict[str, Any]:
-    """Parsed; what is no JSON object (a model wrote it) counts as none, as in vLLM."""
+def _arguments(given: Any, where: str) -> dict[str, Any]:
+    """An object, or JSON, parsed; what is no JSON object (a model wrote it) counts as none, as in
+    vLLM."""
     try:
-        parsed = json.loads(_string(text, where))
+        parsed = given if isinstance(given, Mapping) else json.loads(_string(given, where))
+        _checked_text(json.dumps(parsed, ensure_ascii=False, default=str), where)
     except ValueError:
         return {}
     except RecursionError:
         raise _invalid(f"{where} is nested too deeply") from None
-    _checked_text(json.dumps(parsed, ensure_ascii=False), where)
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _keys(value: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
-    """``value`` without what is null, if it is an object of these keys."""
+def _object(value: Any, known: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    """``value`` without what is null, if it is an object."""
     if not isinstance(value, Mapping):
         raise _invalid(f"{where} must be an object")
-    given = {key: item for key, item in value.items() if item is not None}
-    unknown = [key for key in given if key not in known]
-    if unknown:
-        raise _invalid(f"{where}.{unknown[0]} is not supported")
-    return given
+    _check_keys(value, known, where)
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _string(value: Any, where: str) -> str:
@@ -217,54 +269,88 @@ def _says_something(turn: Mapping[str, Any]) -> bool:
 def _part(
     part: Any, where: str, unused: list[ImageSource], attached: list[ImageSource]
 ) -> dict[str, str]:
+    if isinstance(part, str):
+        return {"type": "text", "text": _checked_text(part, where)}
     if not isinstance(part, Mapping):
-        raise _invalid(f"{where} must be an object with a type")
+        raise _invalid(f"{where} must be a string, or an object with a type")
     kind = part.get("type")
-    known = ("type", "text") if kind == "text" else ("type", "image", "image_url")
-    unknown = [key for key, value in part.items() if value is not None and key not in known]
-    if kind in _PART_TYPES and unknown:
-        raise _invalid(f"{where}.{unknown[0]} is not supported in a part of type {kind}")
-    if kind == "text":
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise _invalid(f"{where}.text must be a string")
-        return {"type": "text", "text": _checked_text(text, where)}
-    if kind not in _PART_TYPES:
-        raise _invalid(f"{where}.type = {kind!r}: must be text, image or image_url")
-    attached.append(_part_image(part, where, unused))
+    if kind in _TEXT_PARTS:
+        key = _TEXT_PARTS[kind]
+        _check_keys(part, ("type", key), where)
+        return {"type": "text", "text": _string(part.get(key), f"{where}.{key}")}
+    if kind not in _IMAGE_PARTS:
+        known = ", ".join((*_TEXT_PARTS, *_IMAGE_PARTS))
+        raise _invalid(f"{where}.type = {kind!r}: must be one of {known}")
+    keys = _IMAGE_PARTS[kind]
+    _check_keys(part, ("type", *keys), where)
+    attached.append(_part_image({key: part.get(key) for key in keys}, kind, where, unused))
     return {"type": "image"}
 
 
-def _part_image(part: Mapping[str, Any], where: str, unused: list[ImageSource]) -> ImageSource:
-    link = part.get("image_url")
-    url = link.get("url") if isinstance(link, Mapping) else link
-    if url is None and part.get("type") == "image":
+def _part_image(
+    values: Mapping[str, Any], kind: str, where: str, unused: list[ImageSource]
+) -> ImageSource:
+    """The image of a part, which has its ``values`` under the keys of its type."""
+    given = [(key, value) for key, value in values.items() if not _is_absent(value)]
+    if not given:
+        if kind != "image":
+            raise _invalid(f"{where}.image_url must be a string, or an object with a url")
         if not unused:
             raise _invalid(f"{where} refers to an image, but the images column has no more")
         return unused.pop(0)
-    if not isinstance(url, str) or not url:
-        raise _invalid(f"{where}.image_url.url must be a string")
-    url = _checked_text(url, f"{where}.image_url.url")
-    return _from_data_url(url, where) if url.startswith("data:") else url
+    if len(given) > 1:
+        raise _invalid(f"{where} has {' and '.join(key for key, _ in given)}: give one of them")
+    ((key, value),) = given
+    if key == "base64":
+        text = _string(value, f"{where}.base64")
+        return _from_data_url(text, where) if text.startswith("data:") else _decoded(text, where)
+    if key == "image_url":
+        link = value.get("url") if isinstance(value, Mapping) else value
+        return _image_source(_string(link, f"{where}.image_url.url"), f"{where}.image_url.url")
+    return _image_source(value, f"{where}.{key}")
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a key's value is null, or a struct of nulls."""
+    return value is None or (isinstance(value, Mapping) and not any(value.values()))
 
 
 def _from_data_url(url: str, where: str) -> bytes:
     header, separator, payload = url.partition(",")
     if not separator or not header.endswith(";base64"):
         raise _invalid(f"{where}: a data: URL must be data:image/...;base64,...")
+    return _decoded(payload, where)
+
+
+def _decoded(text: str, where: str) -> bytes:
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode(text, validate=True)
     except ValueError as error:  # of characters beyond ASCII, and binascii's own
         raise RowError(ErrorCode.IMAGE_INVALID, f"{where}: bad base64: {error}") from None
 
 
-def _image_source(item: Any, index: int) -> ImageSource:
-    """An item of the images column: bytes, a URI, or HF's struct<bytes, path>."""
+def _image_source(item: Any, where: str) -> ImageSource:
+    """An image as bytes, a URI, a data: URL, bare base64, or HF's struct<bytes, path>."""
     if isinstance(item, Mapping):
         item = item.get("bytes") or item.get("path")
-    if isinstance(item, bytes | str) and item:
+    if not isinstance(item, bytes | str) or not item:
+        raise RowError(ErrorCode.IMAGE_INVALID, f"{where} is null or empty")
+    if isinstance(item, bytes):
         return item
-    raise RowError(ErrorCode.IMAGE_INVALID, f"images[{index}] is null or empty")
+    uri = _checked_text(item, where)
+    if uri.startswith("data:"):
+        return _from_data_url(uri, where)
+    return _bare_base64(uri) or uri
+
+
+def _bare_base64(text: str) -> bytes | None:
+    """The image that ``text`` holds in base64; None if it is a URI."""
+    if len(text) < _LEAST_BASE64 or not text.startswith(_IMAGE_STARTS):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
 
 
 def _checked_text(text: str, where: str) -> str:

@@ -40,6 +40,7 @@ from pipeline.sampling import (
     parse_json_sampling,
     parse_row_sampling,
     resolve,
+    without_nulls,
 )
 from pipeline.seeds import derive_seed
 from pipeline.template import ROW_PREFIX, Renderer
@@ -255,7 +256,8 @@ def _request(
     if spec.renderer is not None:
         return _rendered_request(row, spec.renderer), parameters.of(None, parse_row_sampling)
     asked = parameters.of(row.get("sampling"), parse_row_sampling)
-    return parse_chat(row.get("prompt"), row.get("messages"), row.get("images")), asked
+    messages = without_nulls(row.get("messages"))
+    return parse_chat(row.get("prompt"), messages, row.get("images")), asked
 
 
 def _rendered_request(row: Mapping[str, Any], renderer: Renderer) -> Chat:

@@ -164,16 +164,18 @@ class Sampling(BaseModel):
 
 
 def parse_row_sampling(value: Any) -> SamplingDefaults:
-    """A row's ``sampling`` value (null, a mapping, or a JSON string) checked in type and range.
+    """A row's ``sampling`` value (a mapping, a JSON string, or null or an empty string for none)
+    checked in type and range.
 
     Raises:
         RowError: ``invalid_parameter``, naming the parameter, its value and its range.
     """
+    if isinstance(value, str):
+        value = _from_json(value) if value.strip() else None
+        return SamplingDefaults() if value is None else parse_json_sampling(value)
     if value is None:
         return SamplingDefaults()
-    if isinstance(value, str):
-        return parse_json_sampling(_from_json(value))
-    return parse_json_sampling(_without_nulls(value))
+    return parse_json_sampling(without_nulls(value))
 
 
 def parse_json_sampling(value: Any) -> SamplingDefaults:
@@ -274,11 +276,11 @@ def _plain(name: str, value: Any) -> Any:
     return _from_json(value, name) if is_json else value
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A struct as Arrow gives it: fields that a row lacks are null there."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _from_json(text: str, name: str = "sampling") -> Any:

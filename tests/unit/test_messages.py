@@ -78,7 +78,10 @@ def test_null_fields_of_arrow_structs_are_ignored() -> None:
         (None, "{not json", None, ErrorCode.INVALID_MESSAGES, "not valid JSON"),
         (None, [], None, ErrorCode.INVALID_MESSAGES, "non-empty"),
         (None, [{"role": "king", "content": "a"}], None, ErrorCode.INVALID_MESSAGES, "role"),
-        (None, [{"role": "user"}], None, ErrorCode.INVALID_MESSAGES, "content"),
+        (None, [{"role": "user"}], None, ErrorCode.INVALID_MESSAGES, "no message has any text"),
+        (None, [{"role": "user", "content": 7}], None, ErrorCode.INVALID_MESSAGES, "content"),
+        (None, [{"role": "user", "text": "a"}], None, ErrorCode.INVALID_MESSAGES, "text is not"),
+        (None, [{"from": "human", "value": "a"}], None, "invalid_messages", "ShareGPT"),
         (None, [{"role": "user", "content": [IMAGE]}], None, ErrorCode.INVALID_MESSAGES, "no more"),
         (None, [{"role": "user", "content": "a"}], [PNG], ErrorCode.INVALID_MESSAGES, "0 of 1"),
         (
@@ -173,18 +176,22 @@ def test_null_keys_of_openais_messages_and_of_nested_structs_are_ignored() -> No
 @pytest.mark.parametrize(
     ("turn", "words"),
     [
-        (assistant(content=None), "messages[0].content must be a string"),
+        (assistant(content=None), "the prompt is empty"),
         ({"role": "user", "content": "a", "tool_calls": [call()]}, "tool_calls is not supported"),
         ({"role": "user", "content": "a", "tool_call_id": "c"}, "tool_call_id is not supported"),
-        ({"role": "assistant", "content": "a", "refusal": "no"}, "refusal is not supported"),
+        (
+            {"role": "assistant", "content": "a", "function_call": {"name": "f"}},
+            "function_call is not supported; give tool_calls",
+        ),
+        ({"role": "user", "content": "a", "images": [b"1"]}, "into the images column"),
         ({"role": "assistant", "content": "a", "tool_calls": "f()"}, "tool_calls must be a list"),
         ({"role": "tool", "content": "a", "tool_call_id": 7}, "tool_call_id must be a string"),
         (assistant("f()"), "tool_calls[0] must be an object"),
         (assistant({"id": "c"}), "tool_calls[0].function must be an object"),
-        (assistant(call("f", index=1)), "tool_calls[0].index is not supported"),
         (assistant(call("f", type="custom")), "tool_calls[0].type = 'custom'"),
         (assistant(call("f"), call(None)), "tool_calls[1].function.name must be a string"),  # type: ignore[arg-type]
-        (assistant(call("f", {"a": 1})), "function.arguments must be a string"),
+        (assistant(call("f", 1)), "function.arguments must be a string"),
+        (assistant(call("f", {"a": "\ud800"})), "lone surrogate"),
         (assistant(call("f", '"\ud800"')), "lone surrogate"),
         (assistant(call("f", '{"a": "\\ud800"}')), "lone surrogate"),
         (assistant(call("f", "[" * 100_000)), "nested too deeply"),
@@ -217,16 +224,131 @@ def test_images_of_several_turns_stay_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "key"),
     [
-        {"type": "text", "text": "a", "image_url": {"url": "x.png"}},
-        {"type": "image_url", "image_url": {"url": "x.png"}, "text": "a"},
-        {"type": "text", "text": "a", "detail": "high"},
+        ({"type": "text", "text": "a", "image_url": {"url": "x.png"}}, "image_url"),
+        ({"type": "image_url", "image_url": {"url": "x.png"}, "text": "a"}, "text"),
+        ({"type": "image_url", "url": "x.png"}, "url"),
+        ({"type": "image", "source": {"type": "base64", "data": "eA=="}}, "source"),
+        ({"type": "input_image", "file_id": "file-1"}, "file_id"),
+        ({"type": "image", "video": "x.mp4"}, "video"),
     ],
 )
-def test_what_a_part_of_its_type_has_no_use_for_is_not_ignored(part: dict[str, Any]) -> None:
-    with pytest.raises(RowError, match="is not supported in a part of type"):
-        parse_chat(None, [{"role": "user", "content": [part]}], None)
+def test_a_part_is_refused_rather_than_read_without_its_content(
+    part: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_chat(None, [{"role": "user", "content": [part]}], [PNG])
+    assert f"messages[0].content[0].{key} is not supported" in caught.value.message
+
+
+BIG_PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(60))
+BASE64 = base64.b64encode(BIG_PNG).decode()
+
+
+@pytest.mark.parametrize(
+    ("part", "image"),
+    [
+        ({"type": "image", "image": "s3://b/x.png"}, "s3://b/x.png"),
+        ({"type": "image", "image": "file:///data/x.png", "max_pixels": 9}, "file:///data/x.png"),
+        ({"type": "image", "image": f"data:image;base64,{BASE64}"}, BIG_PNG),
+        ({"type": "image", "image": BASE64}, BIG_PNG),
+        ({"type": "image", "image": PNG}, PNG),
+        ({"type": "image", "image": {"bytes": PNG, "path": None}}, PNG),
+        ({"type": "image", "url": "https://example.com/x.png"}, "https://example.com/x.png"),
+        ({"type": "image", "path": "pictures/x.png"}, "pictures/x.png"),
+        ({"type": "image", "base64": base64.b64encode(b"tiny").decode()}, b"tiny"),
+        ({"type": "image", "base64": f"data:image/png;base64,{BASE64}"}, BIG_PNG),
+        ({"type": "image_url", "image_url": "s3://b/x.png"}, "s3://b/x.png"),
+        ({"type": "image_url", "image_url": {"url": "x.png", "detail": "low"}}, "x.png"),
+        ({"type": "input_image", "image_url": "x.png", "detail": "auto"}, "x.png"),
+    ],
+)
+def test_a_part_that_names_an_image_never_takes_the_columns(
+    part: dict[str, Any], image: bytes | str
+) -> None:
+    messages = [{"role": "user", "content": [part, IMAGE]}]
+    assert parse_chat(None, messages, [b"column"]).images == (image, b"column")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": None, "image_url": None},
+        {"type": "image", "image_url": {"url": None}},
+        {"type": "image", "image": {"bytes": None, "path": None}, "text": ""},
+    ],
+)
+def test_a_part_without_an_image_of_its_own_takes_the_columns(part: dict[str, Any]) -> None:
+    assert parse_chat(None, [{"role": "user", "content": [part]}], [PNG]).images == (PNG,)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image", "image": "a.png", "url": "b.png"}, "has image and url: give one"),
+        ({"type": "image", "image": ""}, "content[0].image is null or empty"),
+        ({"type": "image_url"}, "image_url must be a string, or an object with a url"),
+        ({"type": "input_image", "image_url": {"url": 7}}, "image_url.url must be a string"),
+        ({"type": "image", "base64": "no base64!"}, "bad base64"),
+    ],
+)
+def test_an_image_part_that_cannot_be_read_names_its_fault(
+    part: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RowError) as caught:
+        parse_chat(None, [{"role": "user", "content": [part]}], [PNG])
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("item", [BASE64, f"data:image/png;base64,{BASE64}", f"{BASE64}\n"])
+def test_the_images_column_may_hold_base64(item: str) -> None:
+    assert parse_chat("?", None, [item]).images == (BIG_PNG,)
+
+
+@pytest.mark.parametrize("uri", ["iVBORw0KGgo.png", "/9j/" + "a" * 80 + ".jpg", "Qk" + "a" * 99])
+def test_a_uri_that_begins_like_base64_stays_a_uri(uri: str) -> None:
+    assert parse_chat("?", None, [uri]).images == (uri,)
+
+
+def test_keys_that_hold_nothing_of_the_prompt_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    part = {**text("a"), "cache_control": {"type": "ephemeral"}}
+    assert only({"role": "user", "content": [part], "timestamp": 1, "id": "m1"}) == {
+        "role": "user",
+        "content": [text("a")],
+    }
+    extra: dict[str, Any] = {"reasoning_content": "hm", "annotations": [], "refusal": "no"}
+    assert only({**assistant(call("f", "{}", index=0)), **extra}) == assistant(call("f", {}))
+    for _ in range(2):
+        only({"role": "user", "content": "a", "told_once": True})
+    assert [record.getMessage() for record in caplog.records].count(
+        "messages have a key 'told_once', which is left out of the prompt"
+    ) == 1
+
+
+def test_text_may_stand_in_parts_as_vllm_reads_them() -> None:
+    parts = ["a", {"type": "input_text", "text": "b"}, {"type": "refusal", "refusal": "c"}]
+    assert only({"role": "user", "content": parts})["content"] == [text("a"), text("b"), text("c")]
+
+
+@pytest.mark.parametrize("role", ["assistant", "user", "tool"])
+@pytest.mark.parametrize("content", [None, []])
+def test_a_turn_may_have_no_content(role: str, content: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": role, "content": content}]
+    assert parse_chat(None, turns, None).messages[1] == {"role": role, "content": None}
+
+
+def test_arguments_of_earlier_calls_may_be_objects() -> None:
+    turn = only(assistant(call("f", {"city": "Köln", "days": [1, None]})))
+    assert turn["tool_calls"][0]["function"]["arguments"] == {"city": "Köln", "days": [1, None]}
+
+
+@pytest.mark.parametrize(("prompt", "messages"), [("", "hi"), (None, "hi"), ("hi", [])])
+def test_an_empty_prompt_or_empty_messages_count_as_absent(prompt: Any, messages: Any) -> None:
+    turns = [{"role": "user", "content": "hi"}] if messages else messages
+    assert parse_chat(prompt, turns, None).messages == [{"role": "user", "content": "hi"}]
 
 
 def test_base64_beyond_ascii_is_no_image() -> None:

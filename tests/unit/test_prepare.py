@@ -195,7 +195,7 @@ def test_a_link_out_of_the_inputs_folder_is_not_followed(tmp_path: Path) -> None
         ({"prompt": "?", "sampling": '{"stop": ["\\ud800"]}'}, "invalid_parameter"),
         ({"prompt": "?", "sampling": "[" * 100_000}, "invalid_parameter"),
         ({"messages": "[" * 100_000}, "invalid_messages"),
-        ({"messages": '[{"role": "user", "content": "a", "\\ud800": 1}]'}, "invalid_messages"),
+        ({"messages": '[{"role": "user", "content": "a", "name": "\\ud800"}]'}, "invalid_messages"),
         ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "invalid_messages"),
     ],
 )
@@ -308,6 +308,13 @@ def test_a_completions_line_is_tokenized_as_it_is_with_one_bos(tmp_path: Path) -
     assert list(good(item).token_ids) == [256, *b"Count to 3."]
 
 
+def test_a_raw_prompt_that_begins_with_the_bos_gets_no_second_one(tmp_path: Path) -> None:
+    texts = ("ab", "<|begin_of_text|>ab", "<|begin_of_text|><|begin_of_text|>ab")
+    lines = (batch_line(f"{i}", "/v1/completions", prompt=t) for i, t in enumerate(texts))
+    ids = [list(good(item).token_ids) for item in prepare_lines(tmp_path, *lines)]
+    assert ids == [[256, 97, 98], [256, 97, 98], [256, 256, 97, 98]]
+
+
 def test_images_of_a_line_are_read_from_data_urls_and_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(56, 56))
     inline = f"data:image/png;base64,{base64.b64encode(png(112, 56)).decode()}"
@@ -394,6 +401,24 @@ def test_tools_are_told_to_the_model_once_and_the_completion_is_read_for_calls(
         "<|header_start|>assistant<|header_end|>\n\n"
     )
     assert good(without).sampling.tool_use is None
+
+
+def test_arguments_of_an_earlier_call_may_be_a_struct_with_nulls_of_other_tools(
+    tmp_path: Path,
+) -> None:
+    def turns(arguments: Any) -> list[dict[str, Any]]:
+        function = {"name": "forecast", "arguments": arguments}
+        calls = [{"id": "call_1", "type": "function", "function": function}]
+        return [
+            {"role": "user", "content": "Oslo?", "tool_calls": None, "tool_call_id": None},
+            {"role": "assistant", "content": None, "tool_calls": calls, "tool_call_id": None},
+            {"role": "tool", "content": "12", "tool_calls": None, "tool_call_id": "call_1"},
+        ]
+
+    struct = {"city": "Oslo", "query": None, "options": {"days": 2, "limit": None}}
+    text = '{"city": "Oslo", "options": {"days": 2}}'
+    found = [prepare(tmp_path, [{"messages": turns(given)}])[0] for given in (struct, text)]
+    assert list(good(found[0]).token_ids) == list(good(found[1]).token_ids)
 
 
 def test_tools_without_a_user_turn_to_tell_them_in_are_the_rows_error(tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ def test_a_struct_with_null_fields_is_the_same_as_one_without_them() -> None:
     )
 
 
+@pytest.mark.parametrize("given", [None, "", " ", "null", "{}"])
+def test_a_row_may_ask_for_nothing(given: Any) -> None:
+    assert parse_row_sampling(given) == SamplingDefaults()
+
+
 def test_the_deprecated_max_tokens_counts_and_a_row_overrides_it() -> None:
     run = SamplingDefaults(max_tokens=7)
     assert resolve(run, SamplingDefaults()).max_completion_tokens == 7

@@ -263,12 +263,18 @@ class _OpenShards:
         with self._changed:
             self._open[index] += tally
 
-    def take(self) -> tuple[dict[int, Tally], bool]:
-        """Tallies of open shards and those that ended since the last call; whether any is open."""
+    def look(self) -> tuple[dict[int, Tally], bool]:
+        """Tallies of open shards, and of those that ended and are not known to be heard; whether
+        any is open."""
         with self._changed:
-            tallies = {**self._ended, **self._open}
-            self._ended = {}
-            return tallies, bool(self._open)
+            return {**self._ended, **self._open}, bool(self._open)
+
+    def heard(self, tallies: Mapping[int, Tally]) -> None:
+        """The roster has these: shards that have ended need not be reported again."""
+        with self._changed:
+            for index, tally in tallies.items():
+                if self._ended.get(index) == tally:
+                    del self._ended[index]
 
     def wait_for_all(self, timeout_s: float) -> bool:
         """Until no shard is open; whether that came true."""
@@ -340,12 +346,14 @@ class _Heart:
 
     def _beat(self) -> None:
         try:
-            order = ray.get(self._roster.beat.remote(self._pulse()), timeout=_ANSWER_S)
+            pulse = self._pulse()
+            order = ray.get(self._roster.beat.remote(pulse), timeout=_ANSWER_S)
         except RayError as error:
             if time.monotonic() > self._give_up_at:
                 log.warning("no driver answers any more: %s", type(error).__name__)
                 self._drain(0.0)
             return
+        self._shards.heard(pulse.shards)
         self._give_up_at = time.monotonic() + DRIVER_SILENCE_S
         if order.drain_s is not None:
             self._drain(order.drain_s)
@@ -368,7 +376,7 @@ class _Heart:
             self._replica.drain(grace_s)
 
     def _pulse(self, error: str | None = None) -> Pulse:
-        tallies, any_open = self._shards.take()
+        tallies, any_open = self._shards.look()
         phase = Phase.RUNNING
         if self._replica is None:
             phase = Phase.STARTING

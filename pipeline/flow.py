@@ -19,7 +19,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -57,8 +57,6 @@ from pipeline.survey import Pick
 
 log = logging.getLogger(__name__)
 
-_STARTS_PER_REPLICA = 4
-"""Starts of a replica's process without one more completed row, after which the run fails."""
 _POLL_S = 0.25
 _HUNGRY_POLL_S = 0.02
 """While replicas could take more shards than are prepared."""
@@ -246,8 +244,14 @@ def run_shards(
         Blocks(_prepared(spec, shards), ahead=_AHEAD) as blocks,
     ):
         driver = _Driver(spec, roster, pool, watch)
-        while not (blocks.all_taken and pool.idle) and not driver.wants_stop():
-            yield from _step(pool, blocks)
+        try:
+            while not (blocks.all_taken and pool.idle) and not driver.wants_stop():
+                yield from _step(pool, blocks)
+        except (PipelineError, RayTaskError) as error:  # what replicas have finished is kept
+            log.error("the run fails, replicas write down what they have: %s", last_line(error))
+            with suppress(RayError):
+                yield from driver.drain()
+            raise
         if not (blocks.all_taken and pool.idle):
             yield from driver.drain()
 
@@ -316,12 +320,13 @@ class _Driver:
         self._watch = watch
         self._next_look = 0.0
         self._seen = Snapshot()
+        self._succeeded = 0
 
     def wants_stop(self) -> bool:
         """Look, at most once a second, and hear what the caller makes of it.
 
         Raises:
-            EngineError: replicas are started again and again and get nowhere.
+            EngineError: replicas end again and again and get nowhere.
         """
         if time.monotonic() < self._next_look:
             return False
@@ -329,11 +334,11 @@ class _Driver:
         found = self._roster.look()
         if found is not None:
             self._seen = found
+            self._note_progress(found)
             self._replace_hung(found)
-        starts = self._seen.starts_without_progress
-        if starts > _STARTS_PER_REPLICA * self._pool.seated:
+        if deaths := self._pool.dead_ends:
             raise EngineError(
-                f"{starts} replicas were started without one more row completed; "
+                f"{deaths} replicas ended without one more row completed; "
                 f"the last error: {self._seen.last_error or 'their processes were killed'}"
             )
         return self._watch(replace(self._seen, lacking=self._pool.lacking))
@@ -347,6 +352,12 @@ class _Driver:
         while time.monotonic() < until and self._pool.working:
             self._roster.look()  # a driver that does not look is taken for dead
             yield from _committed(self._pool, _POLL_S)
+
+    def _note_progress(self, snapshot: Snapshot) -> None:
+        succeeded = snapshot.tally.rows - snapshot.tally.failed
+        if succeeded > self._succeeded:
+            self._succeeded = succeeded
+            self._pool.note_progress()
 
     def _replace_hung(self, snapshot: Snapshot) -> None:
         """End replicas that have not been heard of; others start in their places."""

@@ -9,6 +9,8 @@ does.
 - A replica works as soon as it is up: none waits for another to load, none holds a place idle. That
   is also why runs that share a full cluster cannot block each other.
 - A worker that dies leaves its shards to whichever replica is free, first of all that wait.
+- A worker that loses the store, or stops by itself, gets nothing more, and ends once its other
+  shards have come back. The run fails only if several in a row lose the store.
 - Its successor starts in the same place, unless a node of it is gone, or about to go: then the
   place is given back and the seat asks for another, as long as it takes; the others go on.
 - Rows must be read and prepared somewhere: a place that leaves no CPU for that is given back until
@@ -21,19 +23,28 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from pipeline.errors import EngineError, EngineRefusalError
+from pipeline.errors import (
+    EngineError,
+    EngineRefusalError,
+    PipelineError,
+    StorageUnavailableError,
+)
 
 log = logging.getLogger(__name__)
 
-_FAILED_STARTS_PER_SEAT = 4
-"""Of the seats that have a place: so many workers may end before they are up, while none comes up
-and no shard is done, until the run fails."""
-_FAILED_STARTS_IN_A_PLACE = 2
-"""In a row, after which a seat looks for another place: its node may be at fault."""
+_DEATHS_PER_SEAT = 4
+"""Workers per seat that may end unasked, while no row is completed, until the run fails."""
+_FAILED_LIVES_IN_A_PLACE = 2
+"""Workers in a row that end without one shard done, after which a seat looks for another place:
+its node may be at fault."""
+_WITHOUT_STORE = 3
+"""Workers in a row that lose the store, with no shard done between, after which the run fails."""
+_LAST_WORDS_S = 15.0
+"""For the other shards of a worker that is to end: their journals are written meanwhile."""
 _CLOSE_S = 10.0
 """What engines get to end in order; their processes end with the workers' in any case."""
 _CLOSE_DRAINED_S = 3.0
@@ -76,7 +87,16 @@ class Done(Generic[Worker, Result]):
     result: Result
 
 
-Event = Up[Worker] | Ended[Worker] | Done[Worker, Result]
+@dataclass(frozen=True, slots=True)
+class Failed(Generic[Worker]):
+    """A worker could not do a shard; the worker itself is still there."""
+
+    worker: Worker
+    ticket: int
+    error: PipelineError
+
+
+Event = Up[Worker] | Ended[Worker] | Done[Worker, Result] | Failed[Worker]
 
 
 class Cluster(Protocol[Place, Worker, Given, Result]):
@@ -117,11 +137,7 @@ class Cluster(Protocol[Place, Worker, Given, Result]):
         """End a worker at once; its place stays held."""
 
     def wait(self, timeout_s: float) -> Sequence[Event[Worker, Result]]:
-        """What happened; waits for the first up to ``timeout_s``.
-
-        Raises:
-            PipelineError: a shard cannot be done by any worker.
-        """
+        """What happened; waits for the first up to ``timeout_s``."""
 
     def close(self, within_s: float) -> None:
         """End all workers, in order if there is time, and give every place back."""
@@ -146,13 +162,15 @@ class _Seat(Generic[Place, Worker, Item]):
     again although they are the same."""
     going: bool = False
     """Whether a node of its place is about to be taken away: its worker gets nothing more."""
-    failed_starts: int = 0
-    """In a row, in its place."""
+    failed_lives: int = 0
+    """Workers in a row, in its place, that ended without one shard done."""
+    ending: tuple[Exception, float] | None = None
+    """Why its worker gets nothing more, and when it ends at the latest."""
 
     @property
     def is_open(self) -> bool:
         """Whether its worker takes shards."""
-        return self.up and not self.going
+        return self.up and not self.going and self.ending is None
 
 
 class Pool(Generic[Place, Worker, Item, Result]):
@@ -186,8 +204,12 @@ class Pool(Generic[Place, Worker, Item, Result]):
         self._clock = clock
         self._queue: deque[tuple[int, Item]] = deque()
         self._tickets = 0
+        self._most_seated = 1
         self._failed_starts = 0
+        self._deaths = 0
+        self._without_store = 0
         self._any_was_up = False
+        self._fatal: PipelineError | None = None
         self.all_read = False
         """Whether no more rows are to be read and prepared: places may take all CPUs then."""
         self.draining = False
@@ -232,11 +254,6 @@ class Pool(Generic[Place, Worker, Item, Result]):
         return f"replica {numbers} of {len(self._seats)} waits: {reason}"
 
     @property
-    def seated(self) -> int:
-        """Seats that have a place; at least 1, for what is counted per seat."""
-        return max(1, sum(bool(seat.nodes) for seat in self._seats))
-
-    @property
     def _is_needed(self) -> bool:
         """Whether a further worker would find something to do."""
         return not self.draining and (not self.all_read or bool(self._queue))
@@ -251,37 +268,92 @@ class Pool(Generic[Place, Worker, Item, Result]):
         for seat in self._seats:
             if seat.name == name and seat.up and seat.worker is not None:
                 self._cluster.kill(seat.worker)
-                self._vacate(seat)
+                self._replace(seat, EngineError("it gave no sign of life"))
                 return True
         return False
+
+    def note_progress(self) -> None:
+        """A row was completed: what ended before that was no dead end."""
+        self._deaths = 0
+
+    @property
+    def dead_ends(self) -> int:
+        """Workers that ended unasked since the last progress, once they are too many; else 0.
+
+        The bound is of the most seats that ever had a place: when nodes go, the deaths so far must
+        not look like too many for the seats that stay.
+        """
+        return self._deaths if self._deaths > _DEATHS_PER_SEAT * self._most_seated else 0
 
     def step(self, timeout_s: float) -> Iterator[Result]:
         """Look after seats, give shards out, and yield what came of those that are done.
 
         Raises:
-            EngineError: an engine refuses to start, or workers end before they are up, again and
-                again.
-            PipelineError: a shard cannot be done by any worker.
+            EngineError: an engine refuses to start, or workers end again and again while no row
+                is completed.
+            PipelineError: a shard cannot be done by any worker. Workers that are left go on, so
+                the caller can have them drained.
         """
         self._seat_all()
         self._give_out()
         for event in self._cluster.wait(timeout_s):
             seat = self._seat_of(event.worker)
-            if seat is None:  # the last words of one that was replaced
-                continue
-            match event:
-                case Up():
-                    self._welcome(seat)
-                case Ended(_, error):
-                    self._replace(seat, error)
-                case Done(_, ticket, result):
-                    self._failed_starts = 0
-                    if result is None and not self.draining:
-                        self._cluster.kill(event.worker)
-                        self._replace(seat, EngineError("it takes no more rows, unasked"))
-                    elif seat.work.pop(ticket, None) is not None:
-                        yield result
+            if seat is not None:  # else the last words of one that was replaced
+                yield from self._heard(seat, event)
+        self._end_those_ending()
         self._give_out()
+        if self._fatal is not None and not self.draining:
+            raise self._fatal
+
+    def _heard(
+        self, seat: _Seat[Place, Worker, Item], event: Event[Worker, Result]
+    ) -> Iterator[Result]:
+        match event:
+            case Up():
+                self._welcome(seat)
+            case Ended(_, error):
+                self._replace(seat, error)
+            case Failed(_, ticket, error):
+                self._failed(seat, ticket, error)
+            case Done(_, ticket, None) if not self.draining:
+                self._retire(seat, ticket, EngineError("it takes no more rows, unasked"))
+            case Done(_, ticket, result):
+                if result is not None:
+                    self._failed_starts = self._without_store = seat.failed_lives = 0
+                if seat.work.pop(ticket, None) is not None:
+                    yield result
+
+    def _failed(self, seat: _Seat[Place, Worker, Item], ticket: int, error: PipelineError) -> None:
+        """A store that is lost is the worker's fault, until several in a row have lost it."""
+        if self.draining:
+            log.warning("replica %d leaves a shard as it is: %s", seat.number, error)
+            seat.work.pop(ticket, None)
+            return
+        if isinstance(error, StorageUnavailableError):
+            if seat.ending is None:
+                self._without_store += 1
+            self._retire(seat, ticket, error)
+            if self._without_store < _WITHOUT_STORE:
+                return
+        seat.work.pop(ticket, None)
+        self._fatal = self._fatal or error
+
+    def _retire(self, seat: _Seat[Place, Worker, Item], ticket: int, error: Exception) -> None:
+        """Take this shard back, and end the worker when its others have come back, or their time
+        is up: they may be writing their journals."""
+        if ticket in seat.work:
+            self._wait_again({ticket: seat.work.pop(ticket)})
+        if seat.ending is None:
+            seat.ending = (error, self._clock() + _LAST_WORDS_S)
+
+    def _end_those_ending(self) -> None:
+        for seat in self._seats:
+            if seat.ending is None or seat.worker is None:
+                continue
+            error, until = seat.ending
+            if not seat.work or self._clock() >= until:
+                self._cluster.kill(seat.worker)
+                self._replace(seat, error)
 
     def _seat_all(self) -> None:
         """One step for all seats, so that the table of places is read once, however many ask."""
@@ -326,6 +398,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
             return
         for seat, _, held in found:
             seat.nodes, seat.shunned = held, None
+        self._most_seated = max(self._most_seated, sum(bool(seat.nodes) for seat in self._seats))
 
     def _start_workers(self) -> None:
         for seat in self._seats:
@@ -370,7 +443,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
 
     def _welcome(self, seat: _Seat[Place, Worker, Item]) -> None:
         seat.up = self._any_was_up = True
-        self._failed_starts = seat.failed_starts = 0
+        self._failed_starts = 0
         log.info(
             "replica %d of %d is up after %.0f s",
             seat.number,
@@ -379,22 +452,30 @@ class Pool(Generic[Place, Worker, Item, Result]):
         )
 
     def _replace(self, seat: _Seat[Place, Worker, Item], error: Exception) -> None:
-        if isinstance(error, EngineRefusalError) and not self._any_was_up:
-            raise error
-        if not seat.up:
-            seat.failed_starts += 1
-            self._failed_starts += 1
-            if self._failed_starts > _FAILED_STARTS_PER_SEAT * self.seated:
-                raise EngineError(f"{self._failed_starts} replicas did not come up: {error}")
         log.warning("replica %d of %d ended: %s", seat.number, len(self._seats), error)
+        if not seat.going:
+            seat.failed_lives += 1
+            self._count_death(seat, error)
         self._vacate(seat)
-        if seat.failed_starts >= _FAILED_STARTS_IN_A_PLACE:
+        if seat.failed_lives >= _FAILED_LIVES_IN_A_PLACE:
             self._leave_place(seat, "tries another place")
+
+    def _count_death(self, seat: _Seat[Place, Worker, Item], error: Exception) -> None:
+        if isinstance(error, EngineRefusalError) and not self._any_was_up:
+            self._fatal = self._fatal or error
+        self._deaths += 1
+        self._failed_starts += not seat.up
+        if self._failed_starts > _DEATHS_PER_SEAT * self._most_seated:
+            message = f"{self._failed_starts} replicas did not come up: {error}"
+            self._fatal = self._fatal or EngineError(message)
 
     def _vacate(self, seat: _Seat[Place, Worker, Item]) -> None:
         """The worker is gone; its shards wait first of all, in their old order."""
-        self._queue.extendleft(sorted(seat.work.items(), reverse=True, key=lambda work: work[0]))
-        seat.work, seat.worker, seat.up = {}, None, False
+        self._wait_again(seat.work)
+        seat.work, seat.worker, seat.up, seat.ending = {}, None, False, None
+
+    def _wait_again(self, work: Mapping[int, Item]) -> None:
+        self._queue = deque(sorted([*self._queue, *work.items()], key=lambda waiting: waiting[0]))
 
     def _leave_place(self, seat: _Seat[Place, Worker, Item], why: str) -> None:
         assert seat.place is not None
@@ -403,7 +484,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
             self._cluster.kill(seat.worker)
         self._cluster.release(seat.place)
         self._vacate(seat)
-        seat.place, seat.nodes, seat.going, seat.failed_starts = None, frozenset(), False, 0
+        seat.place, seat.nodes, seat.going, seat.failed_lives = None, frozenset(), False, 0
 
     def _remind(self, seat: _Seat[Place, Worker, Item]) -> None:
         now = self._clock()

@@ -41,7 +41,7 @@ from pipeline.capacity import NodeCapacity, bundles, waits_for
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError, PipelineError
 from pipeline.plan import OPEN_SHARDS
-from pipeline.pool import Done, Ended, Event, Up
+from pipeline.pool import Done, Ended, Event, Failed, Up
 from pipeline.profile import Needs
 from pipeline.redact import configure_logging
 
@@ -225,8 +225,9 @@ class RayCluster:
                 result = ray.get(ref)
             except RayTaskError as error:
                 if call is _Call.RUN:
-                    raise
-                yield self._ended(worker, _own(error))
+                    yield Failed(worker, ticket, _own(error))
+                else:
+                    yield self._ended(worker, _own(error))
             except _LOST as error:
                 yield self._ended(worker, EngineError(last_line(error)))
             else:

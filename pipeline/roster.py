@@ -74,8 +74,6 @@ class Snapshot:
     """Replicas that were just heard of, and are neither starting nor drained."""
     engine_restarts: int = 0
     replica_restarts: int = 0
-    starts_without_progress: int = 0
-    """Processes started since the last row succeeded."""
     last_error: str | None = None
     silent: tuple[Silent, ...] = ()
     """Running replicas by the seconds since their last pulse, the longest first."""
@@ -94,8 +92,6 @@ class Roster:
         self._total = Tally()
         self._processes: set[str] = set()
         self._engine_restarts: dict[str, int] = {}
-        self._starts_without_progress = 0
-        self._succeeded = 0
         self._last_error: str | None = None
         self._drain_until: float | None = None
         self._looked: float | None = None
@@ -104,9 +100,7 @@ class Roster:
     def beat(self, pulse: Pulse) -> Order:
         """A replica's pulse, answered by what it shall do."""
         now = self._now()
-        if pulse.process not in self._processes:
-            self._processes.add(pulse.process)
-            self._starts_without_progress += 1
+        self._processes.add(pulse.process)
         self._pulses[pulse.replica] = pulse
         self._heard[pulse.replica] = now
         for shard, tally in pulse.shards.items():
@@ -116,7 +110,6 @@ class Roster:
             self._shards[shard] = tally
         self._engine_restarts[pulse.process] = pulse.engine_restarts
         self._last_error = pulse.error or self._last_error
-        self._note_progress()
         return self._order(now)
 
     def look(self) -> Snapshot:
@@ -129,7 +122,6 @@ class Roster:
             running=sum(item.seconds < _HEARD_S for item in silent),
             engine_restarts=sum(self._engine_restarts.values()),
             replica_restarts=len(self._processes) - len(self._pulses),
-            starts_without_progress=self._starts_without_progress,
             last_error=self._last_error,
             silent=tuple(sorted(silent, key=lambda item: -item.seconds)),
         )
@@ -149,12 +141,6 @@ class Roster:
             if self._looked is not None:
                 self._looked = min(now, self._looked + still_s)
         return now
-
-    def _note_progress(self) -> None:
-        succeeded = self._total.rows - self._total.failed
-        if succeeded > self._succeeded:
-            self._starts_without_progress = 0
-            self._succeeded = succeeded
 
     def _order(self, now: float) -> Order:
         if self._drain_until is not None:

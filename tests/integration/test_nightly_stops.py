@@ -92,6 +92,21 @@ def test_sigterm_keeps_what_is_finished_and_the_same_command_makes_the_rest(
     assert not list(out.glob("_journal/*/*.parquet"))
 
 
+def test_a_part_that_cannot_be_written_ends_the_run_once_the_others_rows_are_kept(
+    config: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    blocked = out / "data" / "part-000015.parquet"
+    blocked.mkdir(parents=True)
+    rarely = ("--set", "limits.journal_s=300", "--set", "limits.journal_rows=100000")
+    with started(config, tmp_path / "log", *rarely, **SLOWLY) as job:
+        code, result, log = job.end()
+    assert (code, result["status"]) == (1, "failed"), log
+    assert blocked.name in result["error"]
+    blocked.rmdir()
+    assert kept(out)  # only a drain writes it
+
+
 def test_a_silent_roster_holds_neither_the_run_nor_its_end(
     config: Path, tmp_path: Path, one_ray: LocalCluster
 ) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.capacity import NodeCapacity, waits_for
-from pipeline.errors import EngineError
-from pipeline.pool import Done, Ended, Event, Up
+from pipeline.errors import EngineError, PipelineError
+from pipeline.pool import Done, Ended, Event, Failed, Up
 from pipeline.profile import Needs
 
 
@@ -117,6 +117,11 @@ class FakeCluster:
     def finish(self, worker: FakeWorker, ticket: int) -> None:
         """A shard is committed."""
         self.events.append(Done(worker, ticket, worker.work.pop(ticket)))
+
+    def fail(self, worker: FakeWorker, ticket: int, error: PipelineError) -> None:
+        """A shard cannot be done."""
+        worker.work.pop(ticket)
+        self.events.append(Failed(worker, ticket, error))
 
     # What the pool asks for.
 

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.errors import EngineError, EngineRefusalError
+from pipeline.errors import (
+    AccountingError,
+    EngineError,
+    EngineRefusalError,
+    StorageUnavailableError,
+)
 from pipeline.pool import Done, Pool
 from pipeline.profile import Needs
 from tests.unit.fake_cluster import FakeCluster, FakePlace, FakeWorker, Node, SlowCluster
@@ -416,6 +421,133 @@ def test_a_replica_that_stops_by_itself_is_replaced_and_its_shards_are_done() ->
         assert list(pool.step(0)) == []
         assert worker.gone
         assert list(finish_all(cluster, pool)) == ["a"]
+
+
+def test_a_replica_that_loses_the_store_is_replaced_and_costs_the_others_nothing() -> None:
+    cluster = FakeCluster(2, ONE_NODE)
+    with pool_of(cluster, 2) as pool:
+        all_up(cluster, pool)
+        for shard in "abcd":
+            pool.offer(shard)
+        list(pool.step(0))
+        first, second = cluster.working
+        for ticket in list(first.work):
+            cluster.fail(first, ticket, StorageUnavailableError("503 for two minutes"))
+        list(pool.step(0))
+        assert (first.gone, second.gone) == (True, False)
+        assert sorted(finish_all(cluster, pool)) == ["a", "b", "c", "d"]
+
+
+def test_several_replicas_in_a_row_without_the_store_fail_the_run_and_the_rest_can_be_drained() -> (
+    None
+):
+    cluster = FakeCluster(4, ONE_NODE)
+    with pool_of(cluster, 4) as pool:
+        all_up(cluster, pool)
+        for shard in "abcdefgh":
+            pool.offer(shard)
+        list(pool.step(0))
+        *lost, last = cluster.working
+        for worker in lost:
+            for ticket in list(worker.work):
+                cluster.fail(worker, ticket, StorageUnavailableError("503 for two minutes"))
+        with pytest.raises(StorageUnavailableError, match="503"):
+            list(pool.step(0))
+        pool.draining = True
+        assert not last.gone
+        for ticket in list(last.work):
+            cluster.finish(last, ticket)
+        assert list(pool.step(0)) == ["d", "h"]
+        assert not pool.working
+
+
+def test_replicas_that_lose_the_store_now_and_then_do_not_fail_the_run() -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        for shard in "abcdef":
+            pool.offer(shard)
+        done = []
+        for _ in range(5):
+            all_up(cluster, pool)
+            (worker,) = cluster.working
+            first, second = worker.work
+            cluster.finish(worker, first)
+            cluster.fail(worker, second, StorageUnavailableError("503"))
+            done += list(pool.step(0))
+            pool.note_progress()
+        assert len(done) == 5
+
+
+def test_a_shard_that_no_replica_can_do_ends_the_run_and_no_result_beside_it_is_lost() -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        all_up(cluster, pool)
+        for shard in "ab":
+            pool.offer(shard)
+        list(pool.step(0))
+        (worker,) = cluster.working
+        first, second = worker.work
+        cluster.fail(worker, first, AccountingError("a sample has two records"))
+        cluster.finish(worker, second)
+        step = pool.step(0)
+        assert next(step) == "b"
+        with pytest.raises(AccountingError, match="two records"):
+            next(step)
+
+
+def test_a_replica_that_stops_by_itself_ends_once_its_other_shards_have_come_back() -> None:
+    cluster, clock = FakeCluster(1, ONE_NODE), Clock()
+    with pool_of(cluster, 1, clock=clock) as pool:
+        all_up(cluster, pool)
+        for shard in "abc":
+            pool.offer(shard)
+        list(pool.step(0))
+        (worker,) = cluster.working
+        first, second = worker.work
+        cluster.events.append(Done(worker, first, None))
+        list(pool.step(0))
+        assert (worker.gone, list(worker.work)) == (False, [first, second])  # nothing more
+        cluster.events.append(Done(worker, second, None))
+        list(pool.step(0))
+        assert worker.gone
+        assert list(finish_all(cluster, pool)) == ["a", "b", "c"]
+
+
+def test_a_replica_that_stops_by_itself_does_not_wait_for_a_shard_for_ever() -> None:
+    cluster, clock = FakeCluster(1, ONE_NODE), Clock()
+    with pool_of(cluster, 1, clock=clock) as pool:
+        all_up(cluster, pool)
+        for shard in "ab":
+            pool.offer(shard)
+        list(pool.step(0))
+        (worker,) = cluster.working
+        cluster.events.append(Done(worker, 1, None))
+        list(pool.step(0))
+        clock.now += 60
+        list(pool.step(0))
+        assert worker.gone
+        assert list(finish_all(cluster, pool)) == ["a", "b"]
+
+
+def test_replicas_that_went_with_their_nodes_are_no_dead_ends() -> None:
+    cluster = FakeCluster(8, ONE_NODE)
+    with pool_of(cluster, 8) as pool:
+        all_up(cluster, pool)
+        pool.offer("a")
+        for worker in list(cluster.working):
+            cluster.end(worker)  # one each
+        list(pool.step(0))
+        for name in list(cluster.nodes)[1:]:
+            cluster.lose_node(name)
+        all_up(cluster, pool)
+        assert pool.dead_ends == 0
+        for _ in range(25):
+            (worker,) = cluster.working
+            cluster.end(worker)
+            all_up(cluster, pool)
+        assert pool.dead_ends == 33
+        pool.note_progress()
+        assert pool.dead_ends == 0
 
 
 def test_a_drained_replica_gives_its_shards_back_undone() -> None:

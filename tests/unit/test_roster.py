@@ -50,15 +50,11 @@ def test_restarts_of_engines_and_processes_are_counted() -> None:
     assert (seen.engine_restarts, seen.replica_restarts) == (3, 1)
 
 
-def test_starts_count_until_a_row_succeeds() -> None:
+def test_the_last_error_is_kept_until_there_is_another() -> None:
     roster = Roster()
-    for number in range(3):
-        roster.beat(pulse(process=f"a{number}", error="no device"))
-    roster.beat(pulse(process="a3", shards={0: Tally(5, 5, 0)}))
-    assert roster.look().starts_without_progress == 4
+    roster.beat(pulse(process="a0", error="no device"))
+    roster.beat(pulse(process="a1"))
     assert roster.look().last_error == "no device"
-    roster.beat(pulse(process="a3", shards={0: Tally(6, 5, 9)}))
-    assert roster.look().starts_without_progress == 0
 
 
 def test_a_drain_reaches_those_that_come_later_with_what_is_left_of_it() -> None:

@@ -34,8 +34,16 @@ _CHAT_ONLY = ("tools", "tool_choice", "parallel_tool_calls", "top_logprobs")
 """Body keys that a raw prompt has no use for."""
 
 
+_V1 = "/v1"
+_REMEDIES = {
+    "/responses": "give body.input as body.messages, body.instructions as their system message",
+    "/embeddings": "this program generates text only",
+}
+"""What to do about other endpoints that batch files have lines for."""
+
+
 class Endpoint(StrEnum):
-    """``url`` of a line."""
+    """``url`` of a line; Azure's lines leave ``/v1`` out."""
 
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
@@ -69,7 +77,7 @@ class BatchLine:
     def endpoint(self) -> Endpoint | None:
         """What ``url`` names; None if it is no endpoint."""
         url = self.document.get("url")
-        return next((endpoint for endpoint in Endpoint if endpoint == url), None)
+        return next((each for each in Endpoint if url in (each, each.removeprefix(_V1))), None)
 
     def request(self, models: Collection[str]) -> BatchRequest:
         """What the line asks for.
@@ -108,7 +116,9 @@ class BatchLine:
         url = _required(self.document, "url")
         if self.endpoint is None:
             known = " or ".join(Endpoint)
-            raise RowError(ErrorCode.INVALID_URL, f"url = {url!r}: must be {known}")
+            remedy = _REMEDIES.get(str(url).removeprefix(_V1))
+            wrong = f"url = {url!r}: must be {known}"
+            raise RowError(ErrorCode.INVALID_URL, f"{wrong}; {remedy}" if remedy else wrong)
 
 
 def read_line(line: bytes) -> BatchLine:
@@ -133,7 +143,8 @@ def _check_model(model: Any, models: Collection[str]) -> None:
     if model is not None and model not in tuple(models):
         raise RowError(
             ErrorCode.MODEL_NOT_FOUND,
-            f"body.model = {model!r}: this run serves {', '.join(map(repr, models))}",
+            f"body.model = {model!r}: this run serves {', '.join(map(repr, models))}; to take "
+            "other names too, list them in the profile's engine_args.served_model_name",
         )
 
 

@@ -2,7 +2,8 @@
 
 In: the parts of a finished run whose input is batch JSONL, in plan order. Out: one line per row, in
 input order: a ``chat.completion`` or ``text_completion`` with a choice per sample in the one file,
-an error in the other. Parts are read a few at a time and lines written as they come, so that memory
+an error in the other: as the body of a response with its HTTP status, or beside no response if
+there never was one. Parts are read a few at a time and lines written as they come, so that memory
 does not grow with the run. Ids follow from run and row: written again, they are the same.
 """
 
@@ -23,13 +24,26 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.commit import Destination, part_uri
-from pipeline.errors import StorageError
+from pipeline.errors import ErrorCode, StorageError
 from pipeline.openai_input import URL_COLUMN, Endpoint
 from pipeline.records import Status
+from pipeline.tools import Choice
 
 OPENAI_FILES = ("output.jsonl", "errors.jsonl")
 """Of a run folder: rows that succeeded, and the others."""
 _PARTS_AT_A_TIME = 8
+_NO_RESPONSE = {
+    ErrorCode.BATCH_EXPIRED: "batch_expired",
+    ErrorCode.TIMEOUT: "request_timeout",
+}
+"""Errors of requests that got no answer, by OpenAI's own codes."""
+_SERVER_FAULTS = frozenset(
+    {
+        *(ErrorCode.ENGINE_ERROR, ErrorCode.ENGINE_FATAL, ErrorCode.INTERNAL_ERROR),
+        *(ErrorCode.LENGTH, ErrorCode.SCHEMA_VIOLATION),
+    }
+)
+"""Errors that no change of the request is sure to mend."""
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's own floor
 
 Record = Mapping[str, Any]
@@ -103,26 +117,39 @@ def _worst(row: Sequence[Record]) -> Record | None:
 
 
 def _error_line(record: Record, run_id: str) -> dict[str, Any]:
-    return {
-        "id": f"batch_req_{_digest(run_id, record)}",
-        "custom_id": record["custom_id"],
-        "response": None,
-        "error": {"code": record["error_code"], "message": record["error_message"]},
-    }
+    code, message = record["error_code"], record["error_message"]
+    if code in _NO_RESPONSE:
+        return _line(record, run_id, None, {"code": _NO_RESPONSE[code], "message": message})
+    status, kind = 400, "invalid_request_error"
+    if code == ErrorCode.MODEL_NOT_FOUND:
+        status = 404
+    elif code in _SERVER_FAULTS:
+        status, kind = 500, "server_error"
+    fault = {"message": message, "type": kind, "param": None, "code": code}
+    return _line(record, run_id, _response(record, run_id, status, {"error": fault}), None)
 
 
 def _output_line(row: Sequence[Record], run_id: str, created: int) -> dict[str, Any]:
-    digest = _digest(run_id, row[0])
+    body = _body(row, _digest(run_id, row[0]), created)
+    return _line(row[0], run_id, _response(row[0], run_id, 200, body), None)
+
+
+def _line(
+    record: Record,
+    run_id: str,
+    response: Mapping[str, Any] | None,
+    error: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     return {
-        "id": f"batch_req_{digest}",
-        "custom_id": row[0]["custom_id"],
-        "response": {
-            "status_code": 200,
-            "request_id": digest,
-            "body": _body(row, digest, created),
-        },
-        "error": None,
+        "id": f"batch_req_{_digest(run_id, record)}",
+        "custom_id": record["custom_id"],
+        "response": response,
+        "error": error,
     }
+
+
+def _response(record: Record, run_id: str, status: int, body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"status_code": status, "request_id": _digest(run_id, record), "body": body}
 
 
 def _digest(run_id: str, record: Record) -> str:
@@ -140,6 +167,7 @@ def _body(row: Sequence[Record], digest: str, created: int) -> dict[str, Any]:
         "model": row[0]["model"],
         "choices": [choice(record) for record in row],
         "usage": _usage(row),
+        **(_prompt_logprobs(row[0]) if chat else {}),
     }
 
 
@@ -166,9 +194,14 @@ def _chat_choice(record: Record) -> dict[str, Any]:
         "index": record["sample_index"],
         "message": message,
         "logprobs": None if logprobs is None else {"content": _chat_logprobs(logprobs)},
-        "finish_reason": "tool_calls" if calls else record["finish_reason"],
-        **_prompt_logprobs(record),
+        "finish_reason": _finish_reason(record) if calls else record["finish_reason"],
     }
+
+
+def _finish_reason(record: Record) -> str:
+    """Of a choice with calls. One that had to call a named tool just stops, as OpenAI's do."""
+    use = json.loads(record["sampling"] or "{}").get("tool_use") or {}
+    return str(record["finish_reason"]) if use.get("choice") == Choice.NAMED else "tool_calls"
 
 
 def _tool_call(call: Record) -> dict[str, Any]:
@@ -212,7 +245,10 @@ def _completion_logprobs(tokens: Sequence[Record]) -> dict[str, Any]:
         "tokens": texts,
         "token_logprobs": [_finite(token["logprob"]) for token in tokens],
         "top_logprobs": [
-            {other["token"]: _finite(other["logprob"]) for other in token["top_logprobs"] or ()}
+            {
+                other["token"]: _finite(other["logprob"])
+                for other in (*(token["top_logprobs"] or ()), token)  # the sampled one, always
+            }
             for token in tokens
         ],
         "text_offset": offsets[: len(texts)],
@@ -220,7 +256,8 @@ def _completion_logprobs(tokens: Sequence[Record]) -> dict[str, Any]:
 
 
 def _prompt_logprobs(record: Record) -> dict[str, Any]:
-    """In vLLM's shape, beside OpenAI's keys: an object per token, by its id; null for the first."""
+    """In vLLM's shape, beside OpenAI's keys of a chat or of a text's choice: an object per token,
+    by its id; null for the first."""
     tokens = record.get("prompt_logprobs")
     if tokens is None:
         return {}

@@ -82,9 +82,9 @@ def test_a_batch_its_answers_its_repetition_and_its_repair(folder: Path) -> None
     }
     check_output(lines(out / "output.jsonl"), of_row)
     errors = lines(out / "errors.jsonl")
-    assert [line["error"]["code"] for line in errors] == list(BAD)
+    assert [line["response"]["body"]["error"]["code"] for line in errors] == list(BAD)
     assert errors[0]["custom_id"] == "b.jsonl:0"
-    assert all(line["response"] is None for line in errors)
+    assert all(line["error"] is None for line in errors)
 
     before = stored(out)
     stamps = {name: Path(name).stat().st_mtime_ns for name in before}

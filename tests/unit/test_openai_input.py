@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import RowError
 from pipeline.messages import Chat, RawPrompt
-from pipeline.openai_input import BatchRequest, read_line
+from pipeline.openai_input import BatchRequest, Endpoint, read_line
 
 MODELS = ("org/maverick", "maverick")
 MESSAGES = [{"role": "user", "content": "Count to 3."}]
@@ -81,6 +81,16 @@ def test_keys_that_change_nothing_of_the_completion_are_left_out() -> None:
     assert read(completion(echo=False, best_of=1)).parameters == {}
 
 
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [("/chat/completions", Endpoint.CHAT), ("/completions", Endpoint.COMPLETIONS)],
+)
+def test_azures_lines_leave_the_version_out(url: str, endpoint: Endpoint) -> None:
+    body = {"messages": MESSAGES, "prompt": "x"}
+    found = read_line(json.dumps(line(url=url, body=body)).encode())
+    assert found.endpoint is endpoint  # as the column url and the output have it
+
+
 @pytest.mark.parametrize("model", ["org/maverick", "maverick", None])
 def test_the_runs_model_has_several_names_or_none(model: str | None) -> None:
     assert read(line(body={"model": model, "messages": MESSAGES})).parameters == {}
@@ -103,13 +113,16 @@ def test_the_runs_model_has_several_names_or_none(model: str | None) -> None:
             "invalid_url",
             "url = '/v1/embeddings': must be /v1/chat/completions or /v1/completions",
         ),
+        (line(url="/v1/responses"), "invalid_url", "give body.input as body.messages"),
+        (line(url="/responses"), "invalid_url", "give body.input as body.messages"),
+        (line(url="/v1/v1/completions"), "invalid_url", "must be"),
         (line(url=["x"]), "invalid_url", r"url = \['x'\]"),
         ({**line(), "body": None}, "missing_required_parameter", "body is missing"),
         (line(body=[1]), "invalid_parameter", "body must be an object, not list"),
         (
             line(body={"model": "gpt-4o", "messages": MESSAGES}),
             "model_not_found",
-            "body.model = 'gpt-4o': this run serves 'org/maverick', 'maverick'",
+            "body.model = 'gpt-4o': this run serves 'org/maverick', 'maverick'; to take",
         ),
         (line(body={"model": ["maverick"]}), "model_not_found", "body.model = "),
         (line(body={"prompt": "x"}), "missing_required_parameter", "body.messages is missing"),

@@ -10,12 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.completion import Completion as TextCompletion
+from openai.types.shared import ErrorObject
 
 from pipeline.commit import Destination, commit_outcomes, part_uri
 from pipeline.errors import ErrorCode, LeaseLostError, StorageError
 from pipeline.openai_output import write_openai_output
 from pipeline.plan import Shard
-from pipeline.records import Completion, Failure, Outcome, PromptLogprob, Status
+from pipeline.records import Completion, Failure, Outcome, PromptLogprob, Status, ToolCall
+from pipeline.sampling import Sampling
+from pipeline.tools import Choice, ToolUse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = [
@@ -134,7 +137,8 @@ def test_a_completions_row_is_a_text_completion(tmp_path: Path) -> None:
     assert logprobs.tokens == ["é", "cd"]
     assert logprobs.text_offset == [0, 1]
     assert logprobs.token_logprobs == [-0.5, -0.1]
-    assert logprobs.top_logprobs == [{"é": -0.5, "b": -9999.0}, {}]
+    # the sampled token is always there, with logprobs: 0 alone
+    assert logprobs.top_logprobs == [{"é": -0.5, "b": -9999.0}, {"cd": -0.1}]
 
 
 def test_a_chats_logprobs_have_tokens_bytes_and_the_likeliest_others(tmp_path: Path) -> None:
@@ -161,13 +165,18 @@ def test_log_probabilities_of_the_prompt_have_vllms_shape(tmp_path: Path) -> Non
     commit(tmp_path, 0, [replace(done(0), prompt_logprobs=places), done(1)], url=COMPLETIONS)
     output, _ = write(tmp_path)
     with_them, without = (line["response"]["body"]["choices"][0] for line in output)
-    assert with_them["prompt_logprobs"] == [
+    expected = [
         None,
         {"7": {"logprob": -0.5, "rank": 1}},
         {"8": {"logprob": -9999.0, "rank": 99}},
     ]
+    assert with_them["prompt_logprobs"] == expected
     assert "prompt_logprobs" not in without
     TextCompletion.model_validate(output[0]["response"]["body"])
+    commit(tmp_path, 1, [replace(done(2), prompt_logprobs=places)], first_row=2)
+    body = write(tmp_path, parts=2)[0][2]["response"]["body"]
+    assert body["prompt_logprobs"] == expected  # of a chat they are beside the choices
+    assert "prompt_logprobs" not in body["choices"][0]
 
 
 def test_tool_calls_are_the_message_and_the_reason_to_finish(tmp_path: Path) -> None:
@@ -188,6 +197,53 @@ def test_tool_calls_are_the_message_and_the_reason_to_finish(tmp_path: Path) -> 
     assert answered.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [(Choice.NAMED, "stop"), (Choice.REQUIRED, "tool_calls"), (Choice.AUTO, "tool_calls")],
+)
+def test_only_a_call_of_a_tool_that_was_named_just_stops(
+    tmp_path: Path, choice: Choice, reason: str
+) -> None:
+    use = ToolUse(choice=choice, name="add" if choice is Choice.NAMED else None)
+    called = replace(
+        done(0, "{}"),
+        tool_calls=(ToolCall("call_1", "add", "{}"),),
+        sampling=Sampling(tool_use=use).as_json,
+    )
+    commit(tmp_path, 0, [called])
+    ((line,), _) = write(tmp_path)
+    found = ChatCompletion.model_validate(line["response"]["body"]).choices[0]
+    assert found.finish_reason == reason
+    assert found.message.tool_calls
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        (ErrorCode.INVALID_PARAMETER, 400, "invalid_request_error"),
+        (ErrorCode.INVALID_JSON_LINE, 400, "invalid_request_error"),
+        (ErrorCode.CONTEXT_LENGTH_EXCEEDED, 400, "invalid_request_error"),
+        (ErrorCode.ENGINE_REJECTED, 400, "invalid_request_error"),
+        (ErrorCode.MODEL_NOT_FOUND, 404, "invalid_request_error"),
+        (ErrorCode.ENGINE_FATAL, 500, "server_error"),
+        (ErrorCode.SCHEMA_VIOLATION, 500, "server_error"),
+    ],
+)
+def test_a_refused_request_has_a_response_with_its_error(
+    tmp_path: Path, code: ErrorCode, status: int, kind: str
+) -> None:
+    commit(tmp_path, 0, [failed(0, code)])
+    (output, (line,)) = write(tmp_path)
+    assert output == []
+    assert line["error"] is None
+    response = line["response"]
+    assert (response["status_code"], bool(response["request_id"])) == (status, True)
+    assert list(response["body"]) == ["error"]
+    assert ErrorObject.model_validate(response["body"]["error"]).model_dump(
+        exclude={"misalignment"}
+    ) == {"code": code, "message": f"{code}!", "param": None, "type": kind}
+
+
 def test_a_row_that_failed_is_an_error_whatever_its_other_samples(tmp_path: Path) -> None:
     expired = failed(0, ErrorCode.BATCH_EXPIRED, status=Status.EXPIRED)
     commit(
@@ -203,7 +259,7 @@ def test_a_row_that_failed_is_an_error_whatever_its_other_samples(tmp_path: Path
     output, errors = write(tmp_path)
     assert output == []
     assert [line["error"] for line in errors] == [
-        {"code": "timeout", "message": "timeout!"},
+        {"code": "request_timeout", "message": "timeout!"},
         {"code": "batch_expired", "message": "batch_expired!"},
     ]
     assert [line["response"] for line in errors] == [None, None]

@@ -30,11 +30,29 @@ self-scheduling), so those that are done early take more of the small ones: docs
 _MIN_ROWS = 32
 """No shard is cut below this for the tail's sake: each costs a PUT and a footer, and all that a
 replica has open must still fill its engine."""
+_ROUNDING = 1e-6
+"""Of a row: what interpolation may lose."""
 _SECONDS = re.compile(r"\d{1,11}\.\d+")
 """A version that is a modification time: seconds since 1970. ETags have no point."""
 
 Offsets = npt.NDArray[np.int64]
 """Where each row of a JSONL file starts, in bytes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extents:
+    """How large the parts of one Parquet file are: within each, rows are taken to be alike."""
+
+    rows: npt.NDArray[np.float64]
+    """Rows before each part, and all rows; ascending, from 0."""
+    data_bytes: npt.NDArray[np.float64]
+    """Bytes before each part, and all bytes; ascending, from 0."""
+
+    def rows_within(self, size: int, first: int) -> int:
+        """How many rows from ``first`` on fit into ``size`` bytes."""
+        start = np.interp(first, self.rows, self.data_bytes)
+        end = np.interp(start + size, self.data_bytes, self.rows)
+        return int(end + _ROUNDING) - first
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +173,7 @@ def make_plan(
     shard_bytes: int,
     replicas: int = 1,
     offsets: Mapping[str, Offsets] | None = None,
+    extents: Mapping[str, Extents] | None = None,
 ) -> Plan:
     """Cut ``files``, in the order given, into shards.
 
@@ -163,14 +182,16 @@ def make_plan(
     Args:
         files: the input.
         shard_rows: most rows in a shard.
-        shard_bytes: most bytes in a shard: exactly of JSONL, by the rows' average of Parquet. A
-            row that is larger is a shard by itself.
+        shard_bytes: most bytes in a shard: exactly of JSONL, of Parquet by the average of a row
+            group's rows. A row that is larger is a shard by itself.
         replicas: how many will work on it. What all of them take at once is cut into
             ``OPEN_SHARDS`` equal shards for each; of more rows, each shard towards the end is a
             share of the rest.
         offsets: of each JSONL file, where its rows start.
+        extents: of each Parquet file, how large its row groups are; without, all are alike.
     """
-    shards = list(_cut(files, shard_rows, shard_bytes, replicas, offsets or {}))
+    cut = _cut(files, shard_rows, shard_bytes, replicas, offsets or {}, extents or {})
+    shards = list(cut)
     if not shards and files:
         shards = [Shard(0, files[0].uri, 0, 0)]
     return Plan(tuple(files), tuple(shards))
@@ -200,6 +221,7 @@ def _cut(
     shard_bytes: int,
     replicas: int,
     offsets: Mapping[str, Offsets],
+    extents: Mapping[str, Extents],
 ) -> Iterator[Shard]:
     index = 0
     left = sum(file.rows for file in files)
@@ -213,7 +235,7 @@ def _cut(
             rest = file.rows - first
             quarter = max(_MIN_ROWS, left // (_TAIL_SHARDS * replicas))
             by_share = _even(rest, equal) if equal else quarter
-            by_bytes = _rows_within(shard_bytes, file, first, bounds)
+            by_bytes = _rows_within(shard_bytes, file, first, bounds, extents.get(file.uri))
             rows = min(shard_rows, by_bytes, by_share, rest)
             span = () if bounds is None else (int(bounds[first]), int(bounds[first + rows]))
             yield Shard(index, file.uri, first, rows, *span)
@@ -227,8 +249,12 @@ def _even(rows: int, most: int) -> int:
     return math.ceil(rows / math.ceil(rows / most))
 
 
-def _rows_within(size: int, file: InputFile, first: int, bounds: Offsets | None) -> int:
+def _rows_within(
+    size: int, file: InputFile, first: int, bounds: Offsets | None, extents: Extents | None
+) -> int:
     """How many rows from ``first`` on fit into ``size`` bytes, at least one."""
-    if bounds is None:
-        return max(1, size // max(1, file.data_bytes // file.rows))
-    return max(1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1 - first)
+    if bounds is not None:
+        return max(1, int(np.searchsorted(bounds, bounds[first] + size, side="right")) - 1 - first)
+    if extents is not None:
+        return max(1, extents.rows_within(size, first))
+    return max(1, size // max(1, file.data_bytes // file.rows))

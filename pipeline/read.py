@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import pyarrow as pa
@@ -24,7 +24,8 @@ from pipeline.hive import partition_values
 from pipeline.input_files import Form, LeftOut, form_by_suffix, list_input, strange_content
 from pipeline.jsonl import read_rows, row_offsets
 from pipeline.openai_input import URL_COLUMN, read_line
-from pipeline.plan import InputFile, Offsets, Shard
+from pipeline.parquet import ParquetRows, extents_of
+from pipeline.plan import Extents, InputFile, Offsets, Shard
 from pipeline.template import ROW_PREFIX
 from pipeline.values import is_json
 
@@ -42,7 +43,6 @@ _LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataT
 """Kinds of lists, and what each is carried as: views as plain ones, which all of Arrow can cast."""
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
 _SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
-_MAX_BATCH_ROWS = 1024
 _MAGIC_BYTES = 8
 """Of a file's beginning: they tell what it is not."""
 
@@ -119,6 +119,8 @@ class Input:
     """Columns that some Parquet file, or its path, has."""
     left_out: tuple[LeftOut, ...] = ()
     """Files at the input's URIs that are not read."""
+    extents: Mapping[str, Extents] = field(default_factory=dict)
+    """How large the row groups of each Parquet file are."""
 
     @property
     def is_jsonl(self) -> bool:
@@ -185,12 +187,14 @@ def open_input(
         entry.uri: _partition(entry.uri, roots[uri]) for uri in given for entry in listed[uri]
     }
     schemas = {
-        file.uri: _with_partition(schema, partitions[file.uri], renamed) for file, schema in footers
+        file.uri: _with_partition(schema, partitions[file.uri], renamed)
+        for file, schema, _ in footers
     }
-    files = tuple(file for file, _ in footers)
+    files = tuple(file for file, _, _ in footers)
+    extents = {file.uri: extents for file, _, extents in footers}
     columns = _settle_columns(schemas, renamed, carry, template)
     names = frozenset(name for schema in schemas.values() for name in schema.names)
-    return Input(files, columns, folders, searched, {}, names, listing.left_out)
+    return Input(files, columns, folders, searched, {}, names, listing.left_out, extents)
 
 
 def _jsonl_columns(
@@ -357,11 +361,11 @@ _left_open = _LeftOpen()
 def _stream(uri: str, columns: InputColumns) -> _Stream:
     """Tables of the shards of one file that are sent in; those in order are cheapest."""
     table = None
-    with storage.open_input(uri) as handle:
-        rows = _Rows(pq.ParquetFile(handle), columns)
+    with storage.open_input(uri, ahead=0) as handle:
+        rows = ParquetRows(handle, {*columns.request.values(), *columns.carried.names})
         while True:
             shard = yield table
-            table = _with_path_values(rows.read(shard), uri, columns)
+            table = _with_path_values(rows.read(shard.first_row, shard.rows), uri, columns)
 
 
 def _with_path_values(table: pa.Table, uri: str, columns: InputColumns) -> pa.Table:
@@ -390,7 +394,7 @@ def _with_partition(
     return pa.schema([*schema, *added])
 
 
-def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
+def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema, Extents]:
     try:
         with storage.open_input(entry.uri) as handle:
             metadata = pq.read_metadata(handle)
@@ -403,9 +407,10 @@ def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema]:
         raise InputError(f"{entry.uri}: has two columns named {double!r}.")
     groups = range(metadata.num_row_groups)
     data_bytes = sum(metadata.row_group(group).total_byte_size for group in groups)
+    extents = extents_of(metadata)
     form = _form_told(entry.uri, Form.PARQUET)
     file = InputFile(entry.uri, entry.size, entry.version, metadata.num_rows, data_bytes, form)
-    return file, schema
+    return file, schema, extents
 
 
 def _told_content(uri: str) -> str | None:
@@ -536,59 +541,3 @@ def _check_carried(
             f"{uri}: column {column!r} is {schema.field(column).type}, but "
             f"{first.field(column).type} in {first_uri}; carried columns need one type."
         )
-
-
-class _Rows:
-    """The wanted rows of one Parquet file, streaming through the row groups that hold them."""
-
-    def __init__(self, file: pq.ParquetFile, columns: InputColumns) -> None:
-        self._file = file
-        present = set(file.schema_arrow.names)
-        wanted = {*columns.request.values(), *columns.carried.names} & present
-        self._columns = sorted(wanted) or file.schema_arrow.names[:1]  # its rows are to be counted
-        self._schema = pa.schema([file.schema_arrow.field(column) for column in self._columns])
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._batch: pa.RecordBatch | None = None
-        """What is left of the batch that was read last."""
-        self._next = 0
-        """The row that comes next."""
-        self._group_end = 0
-        """The row at which the row group ends that ``_next`` is in."""
-
-    def read(self, shard: Shard) -> pa.Table:
-        """The shard's rows; fewer if the file ends before."""
-        if not self._next <= shard.first_row < self._group_end:
-            self._start(shard)
-        kept: list[pa.RecordBatch] = []
-        end = shard.first_row + shard.rows
-        while self._next < end:
-            batch = next(self._batches, None) if self._batch is None else self._batch
-            if batch is None:
-                break
-            skip = min(max(0, shard.first_row - self._next), batch.num_rows)
-            used = min(batch.num_rows, end - self._next)
-            if used > skip:
-                kept.append(batch.slice(skip, used - skip).select(self._columns))
-            self._batch = batch.slice(used) if used < batch.num_rows else None
-            self._next += used
-        self._group_end = max(self._group_end, _group_at(self._file.metadata, self._next)[2])
-        return pa.Table.from_batches(kept, schema=self._schema)
-
-    def _start(self, shard: Shard) -> None:
-        group, self._next, self._group_end = _group_at(self._file.metadata, shard.first_row)
-        self._batch = None
-        self._batches = self._file.iter_batches(
-            batch_size=min(_MAX_BATCH_ROWS, max(1, shard.rows)),
-            row_groups=list(range(group, self._file.metadata.num_row_groups)),
-            columns=self._columns,
-        )
-
-
-def _group_at(metadata: pq.FileMetaData, row: int) -> tuple[int, int, int]:
-    """The row group that holds ``row``, its first row, and the one after its last."""
-    start = end = 0
-    for group in range(metadata.num_row_groups):
-        start, end = end, end + metadata.row_group(group).num_rows
-        if row < end:
-            return group, start, end
-    return metadata.num_row_groups, end, end

@@ -187,6 +187,7 @@ def open_run(
         shard_bytes=limits.shard_bytes,
         replicas=config.engine.most_replicas,
         offsets=found.row_offsets(),
+        extents=found.extents,
     )
     manifest = {"id": uuid.uuid4().hex, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)

@@ -307,8 +307,12 @@ def written_at(uri: str) -> datetime:
 
 
 @contextmanager
-def open_input(uri: str) -> Iterator[IO[bytes]]:
+def open_input(uri: str, *, ahead: int = _READ_AHEAD) -> Iterator[IO[bytes]]:
     """A seekable file that reads ranges as they are asked for, each retried by itself.
+
+    Args:
+        uri: the object.
+        ahead: bytes fetched beyond each range; 0 = none, for a reader that has its own buffers.
 
     Raises:
         FileNotFoundError: no such object.
@@ -316,7 +320,8 @@ def open_input(uri: str) -> Iterator[IO[bytes]]:
     """
 
     def opened(fs: fsspec.AbstractFileSystem, path: str) -> Any:
-        return fs.open(path, "rb", cache_type="readahead", block_size=_READ_AHEAD)
+        cache = "readahead" if ahead else "none"
+        return fs.open(path, "rb", cache_type=cache, block_size=ahead or _READ_AHEAD)
 
     file = _attempted(uri, "read", opened)
     if cache := getattr(file, "cache", None):  # local files have none, and need none

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import OPEN_SHARDS, InputFile, Plan, fingerprint, make_plan
+from pipeline.plan import OPEN_SHARDS, Extents, InputFile, Plan, fingerprint, make_plan
 
 
 def file(name: str, rows: int, row_bytes: int = 100) -> InputFile:
@@ -53,6 +53,33 @@ def test_shards_respect_both_caps() -> None:
 def test_a_row_larger_than_the_byte_cap_still_gets_a_shard() -> None:
     plan = make_plan([file("a", 3, row_bytes=2**30)], shard_rows=512, shard_bytes=2**20)
     assert [shard.rows for shard in plan.shards] == [1, 1, 1]
+
+
+@settings(deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 10**7)), min_size=1, max_size=8),
+    size=st.integers(1, 2**27),
+)
+def test_shards_are_cut_by_the_sizes_of_their_files_parts(
+    parts: list[tuple[int, int]], size: int
+) -> None:
+    """``parts`` are (rows, bytes of a row): a file whose average says nothing of its rows."""
+    row_bytes = np.concatenate([np.full(rows, each) for rows, each in parts]).cumsum()
+    before = np.concatenate([[0], row_bytes])
+    ends = np.cumsum([0, *(rows for rows, _ in parts)])
+    extents = Extents(ends.astype(np.float64), before[ends].astype(np.float64))
+    total = int(ends[-1])
+    one = InputFile("s3://b/a.parquet", 1, "v1", total, int(before[-1]))
+    plan = make_plan([one], shard_rows=10**6, shard_bytes=size, extents={one.uri: extents})
+    assert covered(plan)[one.uri] == list(range(total))
+    for shard in plan.shards:
+        held = before[shard.first_row + shard.rows] - before[shard.first_row]
+        assert shard.rows == 1 or held <= size
+    cut_alike = make_plan([file("b", 1000, row_bytes=7)], shard_rows=100, shard_bytes=21)
+    extents = Extents(np.array([0.0, 1000.0]), np.array([0.0, 7000.0]))
+    uri = cut_alike.files[0].uri
+    again = make_plan(cut_alike.files, shard_rows=100, shard_bytes=21, extents={uri: extents})
+    assert again == cut_alike
 
 
 def sizes(rows: int, replicas: int) -> list[int]:

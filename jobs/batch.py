@@ -30,7 +30,14 @@ from jobs.settle import (
     settle,
 )
 from pipeline import logs, storage
-from pipeline.commit import PartStats, commit_outcomes, committed_shards, part_uri, read_stats
+from pipeline.commit import (
+    PartStats,
+    commit_outcomes,
+    committed_shards,
+    counts,
+    part_uri,
+    read_stats,
+)
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, VLLMEngine
 from pipeline.engine_spec import EngineSpec
@@ -41,7 +48,7 @@ from pipeline.live import About, LiveRun
 from pipeline.openai_output import OPENAI_FILES, write_openai_output
 from pipeline.prices import Usage, money
 from pipeline.progress import ProgressDisplay
-from pipeline.reopen import reopen
+from pipeline.reopen import matches_any, reopen
 from pipeline.report import Result, RunStatus, judge, write_report
 from pipeline.roster import Snapshot
 from pipeline.run import Run
@@ -76,7 +83,8 @@ def run_batch(
     name_run(job.run.uri)
     if options.dry_run:
         return describe(job)
-    if job.run.complete and not options.retry:
+    job = _without_idle_retry(job)
+    if job.run.complete and not job.options.retry:
         log.info("%s is finished; nothing to generate", job.run.uri)
         if job.run.accepted:
             log.warning(
@@ -88,6 +96,15 @@ def run_batch(
         result = _execute(job)
     _summarize(result)
     return result
+
+
+def _without_idle_retry(job: Job) -> Job:
+    """The job without its ``--retry`` if all rows have a record, and none is one to retry."""
+    run, what = job.run, job.options.retry
+    if not what or run.pending or matches_any(run.to, run.done, what):
+        return job
+    log.info("no record of %s is %s: nothing to retry", run.uri, " or ".join(sorted(what)))
+    return replace(job, options=replace(job.options, retry=frozenset()))
 
 
 def _execute(job: Job) -> Result:
@@ -144,10 +161,11 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
         if job.options.retry or not run.complete:
             run.start(lease.confirm)
         if job.options.retry:
-            count = reopen(job.to, run.plan, run.done, job.options.retry, lease.confirm)
-            log.info("%d records are to be done again", count)
-            left = frozenset(committed_shards(run.uri, run.plan))
-            job = replace(job, run=replace(run, done=left, finished=False))
+            what = job.options.retry
+            found = reopen(job.to, run.plan, run.done, what, lease.confirm)
+            log.info("%d records are to be done again", found.records)
+            lease.confirm()
+            job = replace(job, run=run.retry(what, found.shards))
         yield job, lease
 
 
@@ -270,7 +288,8 @@ def _finish(
             write_openai_output(job.to, totals.parts, lease.confirm)
         lease.confirm()
         write_report(result, job.run.manifest, _money(job, result))
-        clear_journals(job.run.uri)
+        clear_journals(job.run.uri, lease.confirm)
+        lease.confirm()
         job.run.mark_success()
     return result
 
@@ -342,6 +361,7 @@ class _Parts:
         """Of all parts known so far."""
         self.generated_rows = 0
         """Rows that this start made: neither expired nor taken over from earlier journals."""
+        self._outdated: list[int] = []
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self._reading: Future[Totals] = self._pool.submit(self._read, run)
@@ -371,6 +391,10 @@ class _Parts:
         finally:
             self.stop()
 
+    def outdated(self) -> int | None:
+        """A shard whose earlier part is not this run's, or has records that were retried since."""
+        return next(iter(self._outdated), None)
+
     def stop(self) -> None:
         """Read no more of the earlier parts, but for the few that are being read."""
         self._stopped.set()
@@ -381,6 +405,8 @@ class _Parts:
         for stats in read_stats(run.uri, sorted(run.done)):
             if self._stopped.is_set():
                 break
+            if not counts(run.to, stats):
+                self._outdated.append(stats.shard)
             earlier.add(stats)
             self.sums.add(stats)
         return earlier.totals()
@@ -390,16 +416,21 @@ def _all_parts(run: Run, parts: _Parts) -> Totals:
     """The totals of the whole run.
 
     Raises:
-        AccountingError: a shard has no part, or one of another run.
+        AccountingError: a shard has no part, or one of another run or from before a retry.
     """
     parts.wait()
     totals = parts.sums.totals()
     if totals.parts != len(run.plan.shards):
         raise AccountingError(f"{len(run.plan.shards) - totals.parts} shards have no part")
-    foreign = parts.sums.foreign(run.id)
-    if foreign is not None:
-        uri = part_uri(run.uri, foreign)
+    if (shard := parts.sums.foreign(run.id)) is not None:
+        uri = part_uri(run.uri, shard)
         raise AccountingError(f"{uri} is of another run; delete it and run the command again")
+    if (shard := parts.outdated()) is not None:
+        uri = part_uri(run.uri, shard)
+        raise AccountingError(
+            f"{uri} has records that were to be done again, by an attempt from before --retry; "
+            "delete it and run the command again"
+        )
     return totals
 
 

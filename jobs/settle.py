@@ -86,7 +86,7 @@ class Job:
     @property
     def to(self) -> Destination:
         """Where the records go."""
-        return Destination(self.run.uri, self.run.id, self.run.manifest["model"]["name"])
+        return self.run.to
 
     @property
     def seconds(self) -> float:

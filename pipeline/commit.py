@@ -3,8 +3,9 @@
 In: a part's table and its shard. Out: the object ``data/part-<shard>.parquet`` and its
 ``PartStats``, which also stand in the object's footer, so that a listing is all a resume needs.
 A part is created, never replaced: of two attempts at a shard the first one counts, and a late one,
-of a node that was given up or a driver that was relieved, is dropped. Only a part of another run
-(``run`` in its stats) gives way.
+of a node that was given up or a driver that was relieved, is dropped. Two kinds give way, to a
+writer of the run that ``run.json`` names, and only as long as they are as it found them: a part of
+another run (``run`` in its stats), and one with records that were retried since (``epoch``).
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import AccountingError, StorageError
+from pipeline.errors import AccountingError, LeaseLostError, StorageError
 from pipeline.experts import PackedLoad
 from pipeline.histogram import latency_bucket, length_bucket
 from pipeline.pace import Pace
@@ -49,6 +50,7 @@ _FOOTER_THREADS = 16
 _EXAMPLES_PER_CODE = 2
 _EXAMPLE_ID = 120  # characters
 _EXAMPLE_MESSAGE = 400  # characters
+_TAKEOVERS = 5  # of one part: more than one needs another writer each time
 _PART_NAME = re.compile(r"part-(\d{6}|[1-9]\d{6,})\.parquet", re.ASCII)
 
 
@@ -131,11 +133,17 @@ class PartStats:
     version (the engine's); empty if no replica did."""
     experts: PackedLoad | None = None
     """Tokens by expert, of its replica's engine since the part before; None: it does not tell."""
+    epoch: int = 0
+    """Number of retries that its run had seen; see ``Destination``."""
 
     @property
     def generated_rows(self) -> int:
         """Rows that the attempt that committed the part made."""
         return sum(self.rows.values()) - self.taken_over
+
+    def has_any(self, words: Collection[str]) -> bool:
+        """Whether it holds a record with one of these statuses and error codes."""
+        return any(self.rows.get(word, 0) or self.errors.get(word, 0) for word in words)
 
     def to_json(self) -> str:
         """As stored in the part's footer."""
@@ -163,11 +171,29 @@ class Destination:
     output_uri: str
     run_id: str
     model_name: str
+    retries: tuple[frozenset[str], ...] = ()
+    """Statuses and error codes of each retry of the run so far."""
+    unsigned_journals: bool = False
+    """Whether journal entries without a run's id count: an earlier version began the run."""
+
+    @property
+    def epoch(self) -> int:
+        """Number of retries so far. Journal entries and parts say which epoch they were made in."""
+        return len(self.retries)
+
+    def retried_since(self, epoch: int) -> frozenset[str]:
+        """Statuses and error codes whose records of ``epoch`` do not count any more."""
+        return frozenset[str]().union(*self.retries[epoch:])
 
 
 def _with_shared_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys are kept once for all parts: a driver holds the stats of each."""
     return {sys.intern(key): value for key, value in pairs}
+
+
+def is_any(outcome: Outcome, words: Collection[str]) -> bool:
+    """Whether the outcome has one of these statuses and error codes."""
+    return outcome.status in words or outcome.code in words
 
 
 def part_uri(output_uri: str, shard: int) -> str:
@@ -266,7 +292,7 @@ def _count_rows(outcomes: Sequence[Outcome]) -> dict[str, int]:
     }
 
 
-def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats) -> PartStats:
+def commit_part(to: Destination, table: pa.Table, shard: Shard, stats: PartStats) -> PartStats:
     """Write the part as one whole object, unless another attempt was first.
 
     Returns:
@@ -274,21 +300,49 @@ def commit_part(output_uri: str, table: pa.Table, shard: Shard, stats: PartStats
 
     Raises:
         AccountingError: the table does not hold each row of the shard.
+        LeaseLostError: the place is taken by another run's part, and the folder is no longer ours.
         StorageError: the object could not be written and confirmed.
     """
     _check_whole(table, shard)
     metadata = {**(table.schema.metadata or {}), _STATS_KEY: stats.to_json().encode()}
     content = _to_parquet(table.replace_schema_metadata(metadata))
-    uri = part_uri(output_uri, shard.index)
-    if storage.create_bytes(uri, content):
-        return stats
-    earlier = _read_stats(uri)
-    if earlier.run == stats.run:
-        log.info("shard %d was committed by another attempt; this one is dropped", shard.index)
-        return earlier
-    log.warning("%s is of another run (%s) and is replaced", uri, earlier.run)
-    storage.put_bytes(uri, content)
-    return stats
+    uri = part_uri(to.output_uri, shard.index)
+    for _ in range(_TAKEOVERS):
+        if storage.create_bytes(uri, content):
+            return stats
+        try:
+            stored, version = storage.read_version(uri)
+        except FileNotFoundError:
+            continue
+        earlier = _stats_of(uri, _read_metadata(uri, io.BytesIO(stored)))
+        if counts(to, earlier):
+            log.info("shard %d was committed by another attempt; this one is dropped", shard.index)
+            return earlier
+        _check_current(to)
+        log.warning("%s (run %s, epoch %d) is replaced", uri, earlier.run, earlier.epoch)
+        if storage.replace_bytes(uri, content, version) is not None:
+            return stats
+    raise StorageError(f"cannot write {uri}: others keep replacing it; make sure they have ended")
+
+
+def counts(to: Destination, part: PartStats) -> bool:
+    """Whether a part is of this run, and nothing in it was retried since."""
+    return part.run == to.run_id and not part.has_any(to.retried_since(part.epoch))
+
+
+def _check_current(to: Destination) -> None:
+    """Refuse to replace anything for a run that was discarded.
+
+    A run that is discarded after this look has its parts deleted first, so that the version found
+    before the look is gone.
+    """
+    uri = storage.join(to.output_uri, "run.json")
+    try:
+        current = json.loads(storage.read_bytes(uri)).get("id", "")
+    except (FileNotFoundError, ValueError, AttributeError):
+        current = None
+    if current != to.run_id:
+        raise LeaseLostError(f"{uri} is no longer of run {to.run_id}: another driver discarded it")
 
 
 def _to_parquet(table: pa.Table) -> bytes:
@@ -302,7 +356,7 @@ def _to_parquet(table: pa.Table) -> bytes:
 
 
 def committed_stats(to: Destination, shard: Shard) -> PartStats | None:
-    """The stats of the shard's part, if this run has committed it.
+    """The stats of the shard's part, if this run has committed it and retried nothing in it since.
 
     Raises:
         StorageError: the part is there and cannot be read.
@@ -311,7 +365,7 @@ def committed_stats(to: Destination, shard: Shard) -> PartStats | None:
         stats = _read_stats(part_uri(to.output_uri, shard.index))
     except FileNotFoundError:
         return None
-    return stats if stats.run == to.run_id else None
+    return stats if counts(to, stats) else None
 
 
 def commit_outcomes(
@@ -350,7 +404,7 @@ def commit_outcomes(
         experts,
     )
     table = part_table(shard, outcomes, carried, model=to.model_name)
-    return commit_part(to.output_uri, table, shard, stats)
+    return commit_part(to, table, shard, replace(stats, epoch=to.epoch))
 
 
 def _check_whole(table: pa.Table, shard: Shard) -> None:

@@ -14,6 +14,7 @@ Times in the object are for people.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -33,6 +34,9 @@ from pipeline.errors import LeaseLostError, RunBusyError, StorageError
 TTL_S = 20.0
 """How long the object is watched before its owner counts as gone: four missed renewals."""
 RENEWAL_S = 5.0
+_FRESH = 0.2
+"""The part of ``RENEWAL_S``, by the owner's own clock, for which a renewal confirms the lease.
+Nobody else can have taken it by then, and many threads may ask before each of their changes."""
 _LOOKS_PER_RENEWAL = 5
 _MOST_SKEW_S = 900.0
 """How far clocks may be apart: S3 refuses requests of a machine that is off by more."""
@@ -122,6 +126,7 @@ class Lease:
         self._version = seen.version
         self._ttl_s = ttl_s
         self._renewal_s = renewal_s
+        self._renewed_at = -math.inf
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -158,7 +163,7 @@ class Lease:
         return self._record.owner
 
     def confirm(self) -> None:
-        """Renew the lease now: once this returns, it was ours a moment ago.
+        """Make sure that the lease was ours a moment ago: a fifth of ``renewal_s`` at most.
 
         Raises:
             LeaseLostError: it is not ours any more, or was released.
@@ -166,7 +171,7 @@ class Lease:
         """
         if self._stop.is_set():
             raise LeaseLostError(f"the lease at {self.uri} was released")
-        self._replace(LeaseState.HELD)
+        self._replace(LeaseState.HELD, unless_fresh=True)
         if self._lost:
             raise LeaseLostError(self._lost)
 
@@ -204,10 +209,15 @@ class Lease:
             except StorageError as error:
                 logger.warning("the lease could not be renewed, trying on: %s", error)
 
-    def _replace(self, state: LeaseState, *, unless_stopped: bool = False) -> None:
+    def _replace(
+        self, state: LeaseState, *, unless_stopped: bool = False, unless_fresh: bool = False
+    ) -> None:
         """Write the next record over ours; ``_lost`` says afterwards if there was another's."""
         with self._lock:
+            now = time.monotonic()
             if self._lost or (unless_stopped and self._stop.is_set()):
+                return
+            if unless_fresh and now - self._renewed_at < _FRESH * self._renewal_s:
                 return
             record = self._record.renewed(state)
             version = storage.replace_bytes(self.uri, record.to_bytes(), self._version)
@@ -219,7 +229,7 @@ class Lease:
                     return
                 # a renewal whose answer never came was written all the same
                 version = storage.replace_bytes(self.uri, record.to_bytes(), seen.version)
-            self._record, self._version = record, version
+            self._record, self._version, self._renewed_at = record, version, now
             metrics.LEASE_RENEWED.set(time.time())
 
 

@@ -1,24 +1,26 @@
 """reopen: rows that have a record and are to be done again (``--retry``).
 
 In: which records, by status or error code. Out: their shards are pending again, with every other
-record of theirs in the journal, so that nothing but those rows is generated. Journals of shards
-that are pending anyway lose the records, too. Safe to interrupt: a part, or an object of a journal,
-goes only once its other records are written down.
+record of theirs in the journal, so that nothing but those rows is generated. Safe to interrupt: a
+part goes only once its other records are written down. The caller then writes the retry into the
+manifest: from there on such records of earlier epochs count nowhere, in journals of open shards or
+in parts and entries that an attempt of before brings late.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 from pipeline import storage
-from pipeline.commit import Destination, PartStats, part_uri, read_part, read_stats
+from pipeline.commit import Destination, is_any, part_uri, read_part, read_stats
 from pipeline.errors import ConfigError, ErrorCode
 from pipeline.journal import Journal, journaled_shards
 from pipeline.parallel import mapped
 from pipeline.plan import Plan, Shard
-from pipeline.records import Outcome, Status
+from pipeline.records import Status
 
-_THREADS = 8
+_THREADS = 16
 _STATUSES = (Status.ERRORED, Status.EXPIRED)
 
 
@@ -38,13 +40,31 @@ def parse_retry(text: str) -> frozenset[str]:
     return words
 
 
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """What there is to do again."""
+
+    records: int
+    shards: frozenset[int]
+    """Those that had a part."""
+
+
+def matches_any(to: Destination, done: Collection[int], what: Collection[str]) -> bool:
+    """Whether a part of the shards ``done`` has a record whose status or error code is in ``what``.
+
+    Raises:
+        StorageError: a part cannot be read.
+    """
+    return any(stats.has_any(what) for stats in read_stats(to.output_uri, sorted(done)))
+
+
 def reopen(
     to: Destination,
     plan: Plan,
     done: Collection[int],
     what: Collection[str],
     confirm: Callable[[], None] = lambda: None,
-) -> int:
+) -> Reopened:
     """Reopen the records whose status or error code is in ``what``.
 
     Args:
@@ -54,45 +74,32 @@ def reopen(
         what: statuses and error codes.
         confirm: called before each change; raises if the run is another driver's.
 
-    Returns:
-        How many records there are to do again.
-
     Raises:
         StorageError: a part or a journal cannot be read or written; the others are as they should.
     """
-    matches = _matching(what)
     committed = [shard for shard in plan.shards if shard.index in done]
     stats = read_stats(to.output_uri, (shard.index for shard in committed))
-    touched = [shard for shard, of in zip(committed, stats, strict=True) if _has_any(of, what)]
+    touched = [shard for shard, of in zip(committed, stats, strict=True) if of.has_any(what)]
     journaled = journaled_shards(to.output_uri).difference(done)
     still_open = [shard for shard in plan.shards if shard.index in journaled]
-    of_parts = mapped(lambda shard: _reopen_part(to, shard, matches, confirm), touched, _THREADS)
-    of_journals = mapped(
-        lambda shard: Journal(to, shard).drop(matches, confirm), still_open, _THREADS
+    of_parts = mapped(lambda shard: _reopen_part(to, shard, what, confirm), touched, _THREADS)
+    of_journals = mapped(lambda shard: _count(to, shard, what), still_open, _THREADS)
+    return Reopened(
+        records=sum(of_parts) + sum(of_journals),
+        shards=frozenset(shard.index for shard in touched),
     )
-    return sum(of_parts) + sum(of_journals)
-
-
-def _has_any(stats: PartStats, what: Collection[str]) -> bool:
-    return any(stats.rows.get(word, 0) or stats.errors.get(word, 0) for word in what)
-
-
-def _matching(what: Collection[str]) -> Callable[[Outcome], bool]:
-    def matches(outcome: Outcome) -> bool:
-        return outcome.status in what or outcome.code in what
-
-    return matches
 
 
 def _reopen_part(
-    to: Destination,
-    shard: Shard,
-    matches: Callable[[Outcome], bool],
-    confirm: Callable[[], None],
+    to: Destination, shard: Shard, what: Collection[str], confirm: Callable[[], None]
 ) -> int:
     records = read_part(to.output_uri, shard.index)
-    kept = [record for record in records if not matches(record)]
+    kept = [record for record in records if not is_any(record, what)]
     Journal(to, shard).replace(kept, confirm)
     confirm()
     storage.delete(part_uri(to.output_uri, shard.index))
     return len(records) - len(kept)
+
+
+def _count(to: Destination, shard: Shard, what: Collection[str]) -> int:
+    return sum(is_any(outcome, what) for outcome in Journal(to, shard).read())

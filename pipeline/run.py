@@ -22,7 +22,7 @@ import logging
 import platform
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +31,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import __version__, storage
-from pipeline.commit import committed_shards, part_number
+from pipeline.commit import Destination, committed_shards, part_number
 from pipeline.config import JobConfig
 from pipeline.duplicates import Duplicates, find_duplicates
 from pipeline.engine_spec import engine_version
@@ -49,6 +49,8 @@ ACCEPTABLE_CHANGES = ("model", "sampling", "seed")
 """What a resumed run may be told to go on with: rows already done stay as they are."""
 _DELETED_AT_A_TIME = 100
 """Objects of a discarded run between two looks at the lease, where one request deletes them all."""
+_FOLDER_FORMAT = 2
+"""In manifests since journal entries say whose they are. Older ones have none."""
 _SHOWN_CHARACTERS = 80  # of a manifest that is none
 _NAMED_FILES = 3  # of each kind of change; the rest is counted
 _RECORDED_PACKAGES = ("ray", "torch", "transformers", "tokenizers", "pyarrow", "pillow")
@@ -76,6 +78,17 @@ class Run:
     def id(self) -> str:
         """What tells this run from others in the same folder; empty if an old version made it."""
         return str(self.manifest.get("id", ""))
+
+    @property
+    def to(self) -> Destination:
+        """Where its records go."""
+        return Destination(
+            self.uri,
+            self.id,
+            self.manifest["model"]["name"],
+            tuple(frozenset(each["what"]) for each in self.manifest.get("retries", ())),
+            unsigned_journals="format" not in self.manifest,
+        )
 
     @property
     def pending(self) -> tuple[Shard, ...]:
@@ -118,6 +131,19 @@ class Run:
             self._write_new(confirm)
         elif self.accepted:
             storage.put_bytes(self._file("run.json"), _to_bytes(self.manifest))
+
+    def retry(self, what: Collection[str], reopened: Collection[int]) -> Run:
+        """Write down that records with these statuses and codes do not count any more.
+
+        Raises:
+            StorageError: the manifest cannot be written.
+        """
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        retries = [*self.manifest.get("retries", []), {"what": sorted(what), "at": at}]
+        manifest = {**self.manifest, "retries": retries}
+        storage.put_bytes(self._file("run.json"), _to_bytes(manifest))
+        left = self.done.difference(reopened)
+        return replace(self, manifest=manifest, done=left, finished=False)
 
     def mark_success(self) -> None:
         """Write ``_SUCCESS``, the last object of the run."""
@@ -189,7 +215,7 @@ def open_run(
         offsets=found.row_offsets(),
         extents=found.extents,
     )
-    manifest = {"id": uuid.uuid4().hex, **wanted}
+    manifest = {"id": uuid.uuid4().hex, "format": _FOLDER_FORMAT, **wanted}
     return Run(uri, manifest, plan, frozenset(), exists=False, finished=False, replaces=new_run)
 
 

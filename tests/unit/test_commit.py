@@ -23,7 +23,7 @@ from pipeline.commit import (
     read_stored_part,
     summarize,
 )
-from pipeline.errors import AccountingError, ErrorCode, StorageError
+from pipeline.errors import AccountingError, ErrorCode, LeaseLostError, StorageError
 from pipeline.pace import Pace
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status, part_table
@@ -41,6 +41,10 @@ OUTCOMES: list[Outcome] = [
     Failure(2, "c", ErrorCode.IMAGE_INVALID, "m", seed=5),
 ]
 CUT = Completion(0, "a", 0, "{", "length", 10, 3, 0, 0, 1, 0.1, code=ErrorCode.LENGTH, message="m")
+
+
+def destination(folder: Path) -> Destination:
+    return Destination(f"file://{folder}", RUN, "m")
 
 
 def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
@@ -67,7 +71,7 @@ def test_a_committed_part_tells_its_stats_by_its_footer(tmp_path: Path) -> None:
     attempt = Attempt("r", "p", "node", 1, 1.5, 2.5)
     outcomes = [*OUTCOMES[:-1], replace(OUTCOMES[-1], finished_at=7.5)]
     stats = summarize(SHARD, outcomes, 1.0, RUN, attempt=attempt)
-    commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, stats)
+    commit_part(destination(tmp_path), table(SHARD, OUTCOMES), SHARD, stats)
     assert list(read_stats(f"file://{tmp_path}", [0])) == [stats]
     assert pq.read_schema(tmp_path / "data" / "part-000000.parquet").names == [
         *OUTPUT_SCHEMA.names,
@@ -119,21 +123,68 @@ def test_a_row_is_errored_if_a_sample_is_and_else_expired_if_one_is() -> None:
 
 def test_of_two_attempts_at_a_shard_the_first_counts(tmp_path: Path) -> None:
     first = summarize(SHARD, OUTCOMES, 1.0, RUN)
-    commit_part(f"file://{tmp_path}", table(SHARD, OUTCOMES), SHARD, first)
+    commit_part(destination(tmp_path), table(SHARD, OUTCOMES), SHARD, first)
     late = [replace(o, text="late") if isinstance(o, Completion) else o for o in OUTCOMES]
     stats = summarize(SHARD, late, 99.0, RUN)
-    assert commit_part(f"file://{tmp_path}", table(SHARD, late), SHARD, stats) == first
+    assert commit_part(destination(tmp_path), table(SHARD, late), SHARD, stats) == first
     assert "late" not in texts(tmp_path)
     assert committed_shards(f"file://{tmp_path}", PLAN) == {0}
 
 
+def with_text(text: str) -> list[Outcome]:
+    return [replace(o, text=text) if isinstance(o, Completion) else o for o in OUTCOMES]
+
+
+def commit(to: Destination, text: str) -> PartStats:
+    return commit_outcomes(to, SHARD, with_text(text), CARRIED)
+
+
 def test_a_part_of_another_run_gives_way(tmp_path: Path) -> None:
-    uri = f"file://{tmp_path}"
-    commit_part(uri, table(SHARD, OUTCOMES), SHARD, summarize(SHARD, OUTCOMES, 1.0, "run-0"))
-    ours = [replace(o, text="ours") if isinstance(o, Completion) else o for o in OUTCOMES]
-    stats = summarize(SHARD, ours, 1.0, RUN)
-    assert commit_part(uri, table(SHARD, ours), SHARD, stats) == stats
-    assert "ours" in texts(tmp_path)
+    ours = destination(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"id": RUN}))
+    commit(replace(ours, run_id="run-0"), "theirs")
+    stats = commit(ours, "ours")
+    assert stats.run == RUN
+    assert "theirs" not in texts(tmp_path)
+    assert committed_stats(ours, SHARD) == stats
+
+
+def test_a_late_part_of_a_discarded_run_does_not_replace_that_of_the_new_run(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"id": RUN}))
+    ours = commit(destination(tmp_path), "ours")
+    with pytest.raises(LeaseLostError, match=r"run\.json is no longer of run run-0"):
+        commit(replace(destination(tmp_path), run_id="run-0"), "late")
+    assert "late" not in texts(tmp_path)
+    assert committed_stats(destination(tmp_path), SHARD) == ours
+
+
+def test_no_part_is_replaced_while_a_run_is_being_discarded(tmp_path: Path) -> None:
+    commit(destination(tmp_path), "ours")
+    with pytest.raises(LeaseLostError):
+        commit(replace(destination(tmp_path), run_id="run-0"), "late")
+    assert "late" not in texts(tmp_path)
+
+
+def test_a_part_from_before_a_retry_gives_way_if_it_has_what_was_retried(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"id": RUN}))
+    before = destination(tmp_path)
+    after = replace(before, retries=(frozenset({"image_invalid"}),))
+    commit(before, "late")
+    assert committed_stats(after, SHARD) is None
+    stats = commit(after, "again")
+    assert (stats.epoch, committed_stats(after, SHARD)) == (1, stats)
+    assert commit(before, "later") == stats
+    assert not {"late", "later"} & set(texts(tmp_path))
+
+
+def test_a_part_from_before_a_retry_stays_if_it_has_nothing_that_was_retried(
+    tmp_path: Path,
+) -> None:
+    stats = commit(destination(tmp_path), "first")
+    after = replace(destination(tmp_path), retries=(frozenset({"expired", "timeout"}),))
+    assert committed_stats(after, SHARD) == stats == commit(after, "again")
 
 
 def test_a_committed_shard_is_known_to_its_own_run_only(tmp_path: Path) -> None:
@@ -149,7 +200,7 @@ def test_a_part_without_exactly_its_rows_is_never_written(tmp_path: Path, rows: 
     shard = replace(SHARD, rows=rows)
     part = table(SHARD, OUTCOMES)
     with pytest.raises(AccountingError, match="nothing was written"):
-        commit_part(f"file://{tmp_path}", part, shard, summarize(SHARD, OUTCOMES, 1.0, RUN))
+        commit_part(destination(tmp_path), part, shard, summarize(SHARD, OUTCOMES, 1.0, RUN))
     assert list(tmp_path.iterdir()) == []
 
 

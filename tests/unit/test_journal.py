@@ -146,3 +146,35 @@ def test_a_late_attempt_can_write_after_another_cleared_the_shards_journal(
     journal.clear()
     late.append([completion(101)])
     assert Journal(to, SHARD).read() == [completion(101)]
+
+
+def test_entries_of_another_run_do_not_count(to: Destination) -> None:
+    discarded = Journal(replace(to, run_id="run-0"), SHARD)
+    Journal(to, SHARD).append([completion(100)])
+    discarded.append([completion(101, text="another model's")])
+    assert Journal(to, SHARD).read() == [completion(100)]
+
+
+@pytest.mark.parametrize("unsigned_journals", [True, False])
+def test_entries_without_a_run_count_in_runs_that_an_earlier_version_began(
+    to: Destination, unsigned_journals: bool
+) -> None:
+    Journal(to, SHARD).append([completion(100), Failure(101, "c", ErrorCode.TIMEOUT, "m", seed=5)])
+    (path,) = objects(to)
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    to = replace(to, unsigned_journals=unsigned_journals, retries=(frozenset({"timeout"}),))
+    assert Journal(to, SHARD).read() == ([completion(100)] if unsigned_journals else [])
+
+
+def test_the_removal_of_all_journals_stops_when_the_run_is_anothers(to: Destination) -> None:
+    for index in range(3):
+        Journal(to, replace(SHARD, index=index)).append([completion(100)])
+    answers = iter([True])
+
+    def relieved() -> None:
+        if not next(answers, False):
+            raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        clear_journals(to.output_uri, relieved)
+    assert len(list(Path(to.output_uri.removeprefix("file://")).rglob("*.parquet"))) == 2

@@ -4,14 +4,15 @@ import logging
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from pipeline import storage
-from pipeline.lease import LeaseRecord, observe
-from tests.lease_cases import LeaseCases
+from pipeline.lease import Lease, LeaseRecord, observe
+from tests.lease_cases import LeaseCases, record_at
 
 
 @pytest.fixture
@@ -28,6 +29,12 @@ class TestLeaseOnLocalFiles(LeaseCases):
             lease.confirm()
         folder = Path(run_uri.removeprefix("file://"))
         assert [path.name for path in folder.iterdir()] == ["_lease.json"]
+
+    def test_many_threads_confirm_by_one_renewal_while_it_is_fresh(self, run_uri: str) -> None:
+        with Lease.acquire(run_uri, wait=False, ttl_s=2000.0, renewal_s=500.0) as lease:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _: lease.confirm(), range(100)))
+            assert record_at(run_uri).renewals == 1
 
     def test_who_waits_says_so_once(self, run_uri: str, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, logger="pipeline.lease")

@@ -1,5 +1,6 @@
 """Reopening: the asked records are to be done again, all others are kept, whatever happens."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from pipeline.errors import ConfigError, ErrorCode, LeaseLostError
 from pipeline.journal import Journal
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.records import Completion, Failure, Outcome, SampleKey, Status
-from pipeline.reopen import parse_retry, reopen
+from pipeline.reopen import Reopened, matches_any, parse_retry, reopen
 
 FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
 PLAN = make_plan([FILE], shard_rows=50, shard_bytes=10**6)
@@ -60,7 +61,7 @@ def test_just_the_asked_records_are_open_again(
     to: Destination, words: str, reopened: set[SampleKey]
 ) -> None:
     first, *others = PLAN.shards
-    assert reopen(to, PLAN, ALL, parse_retry(words)) == len(reopened)
+    assert reopen(to, PLAN, ALL, parse_retry(words)) == Reopened(len(reopened), frozenset({0}))
     assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in others}
     everything = {*((row, 0) for row in range(first.rows)), (3, 1)}
     assert journaled(to, first) == everything - reopened
@@ -75,7 +76,8 @@ def test_kept_records_are_as_they_were(to: Destination) -> None:
 
 
 def test_nothing_matches_and_nothing_is_touched(to: Destination) -> None:
-    assert reopen(to, PLAN, ALL, {"engine_fatal"}) == 0
+    assert not matches_any(to, ALL, {"engine_fatal"})
+    assert reopen(to, PLAN, ALL, {"engine_fatal"}) == Reopened(0, frozenset())
     assert committed_shards(to.output_uri, PLAN) == {shard.index for shard in PLAN.shards}
 
 
@@ -107,38 +109,39 @@ def test_records_in_journals_of_open_shards_are_done_again_too(
     journal.append([failure(12, ErrorCode.BATCH_EXPIRED, sample=1)])
     journal.append([failure(13, ErrorCode.ENGINE_FATAL)])
     Journal(to, second).append([completion(second.first_row)])
-    untouched = stored(tmp_path / "_journal" / "000001")
-    assert reopen(to, PLAN, [], parse_retry(words)) == len(reopened)
-    assert journaled(to, first) == {(10, 0), (11, 0), (12, 1), (13, 0)} - reopened
-    kept = {outcome.key: outcome for outcome in Journal(to, first).read()}
+    what = parse_retry(words)
+    assert reopen(to, PLAN, [], what) == Reopened(len(reopened), frozenset())
+    again = replace(to, retries=(what,))
+    assert journaled(again, first) == {(10, 0), (11, 0), (12, 1), (13, 0)} - reopened
+    kept = {outcome.key: outcome for outcome in Journal(again, first).read()}
     assert kept[10, 0] == completion(10)
-    assert stored(tmp_path / "_journal" / "000001") == untouched
+    assert journaled(again, second) == {(second.first_row, 0)}
 
 
-def stored(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("confirmed", [0, 1])
-def test_a_driver_that_was_relieved_takes_nothing_out_of_a_journal(
-    tmp_path: Path, confirmed: int
-) -> None:
-    to = Destination(f"file://{tmp_path}", "run-1", "m")
+def test_an_attempt_from_before_the_retry_brings_no_retried_record_back(to: Destination) -> None:
     first = PLAN.shards[0]
-    Journal(to, first).append([completion(10), failure(11, ErrorCode.TIMEOUT)])
-    before = stored(tmp_path / "_journal" / "000000")
-    answers = iter([True] * confirmed)
+    late = Journal(to, first)
+    reopen(to, PLAN, ALL, {"timeout"})
+    again = replace(to, retries=(frozenset({"timeout"}),))
+    other = replace(completion(0), text="another")
+    late.append([failure(1, ErrorCode.TIMEOUT), other, completion(60)])
+    Journal(again, first).append([failure(2, ErrorCode.TIMEOUT)])
+    found = {outcome.key: outcome for outcome in Journal(again, first).read()}
+    assert (1, 0) not in found
+    assert found[0, 0] == completion(0)
+    assert found[2, 0] == failure(2, ErrorCode.IMAGE_INVALID)
 
-    def relieved() -> None:
-        if not next(answers, False):
-            raise LeaseLostError("taken over")
 
-    with pytest.raises(LeaseLostError):
-        reopen(to, PLAN, [], {"timeout"}, relieved)
-    after = stored(tmp_path / "_journal" / "000000")
-    assert before.items() <= after.items()
-    assert len(after) == len(before) + confirmed
-    assert journaled(to, first) == {(10, 0), (11, 0)}
+def test_an_error_after_a_retry_counts_until_the_next(to: Destination) -> None:
+    first = PLAN.shards[0]
+    reopen(to, PLAN, ALL, {"timeout"})
+    again = replace(to, retries=(frozenset({"timeout"}),))
+    Journal(again, first).append([failure(1, ErrorCode.TIMEOUT)])
+    assert (1, 0) in journaled(again, first)
+    thrice = replace(
+        again, retries=(*again.retries, frozenset({"expired"}), frozenset({"errored"}))
+    )
+    assert (1, 0) not in journaled(thrice, first)
 
 
 def test_a_driver_that_was_relieved_deletes_no_part(to: Destination) -> None:

@@ -1,4 +1,8 @@
-"""Prepared blocks as Ray Data makes them, and the end of the threads that make them.
+"""Blocks as Ray Data makes them, window by window, and the end of the threads that make them.
+
+In: windows, each a dataset over some shards that is not made yet. Out: references to its blocks.
+Ray Data plans a whole dataset before its first task, at about a millisecond a shard: over windows,
+what comes before the first block does not depend on the input's size.
 
 Ray ends the whole process, last line or not, when a thread asks it for something after its
 shutdown: so these threads are waited for.
@@ -10,7 +14,9 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import ray
 import ray.data
@@ -20,35 +26,63 @@ from ray.exceptions import RayError
 _POLL_S = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Some of the input."""
+
+    dataset: Callable[[], ray.data.Dataset]
+    """Makes the dataset; called on a thread of its own."""
+    blocks: int
+    """Number of blocks that it has."""
+
+
 class _Puller(threading.Thread):
     """The thread that drives a dataset."""
 
 
 class Blocks:
-    """Prepared blocks as they come, as references; a thread of its own drives the dataset, no
-    further than ``ahead`` blocks before the driver. A context manager: after it, none are made."""
+    """References to blocks as they come. A context manager: after it, none are made.
 
-    def __init__(self, dataset: ray.data.Dataset, *, ahead: int) -> None:
+    Each window has a thread that drives its dataset, no further than ``ahead`` blocks before the
+    driver. The next window starts when half of one is taken, so that its first blocks are there
+    when the last one of the window before is.
+    """
+
+    def __init__(self, windows: Iterable[Window], *, ahead: int) -> None:
+        self._windows = iter(windows)
         self._queue: queue.Queue[ray.ObjectRef] = queue.Queue(maxsize=ahead)
         self._error: Exception | None = None
         self._stopped = threading.Event()
-        self._thread = _Puller(target=self._pull, args=(dataset,), name="blocks", daemon=True)
+        self._ended = threading.Event()
 
     def __enter__(self) -> Blocks:
-        self._thread.start()
+        before = threading.Event()
+        before.set()
+        if not self._start_next(before):
+            self._ended.set()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+
+    def __iter__(self) -> Iterator[ray.ObjectRef]:
+        """All blocks; waits for each.
+
+        Raises:
+            Exception: what ended a dataset before its time.
+        """
+        while not self.all_taken:
+            with suppress(queue.Empty):
+                yield self._queue.get(timeout=_POLL_S)
 
     @property
     def all_taken(self) -> bool:
         """Whether no more blocks come.
 
         Raises:
-            Exception: what ended the dataset before its time.
+            Exception: what ended a dataset before its time.
         """
-        ended = not self._thread.is_alive()
+        ended = self._ended.is_set()
         if self._error is not None:
             raise self._error
         return ended and self._queue.empty()
@@ -59,14 +93,35 @@ class Blocks:
             return self._queue.get_nowait()
         return None
 
-    def _pull(self, dataset: ray.data.Dataset) -> None:
+    def _start_next(self, before: threading.Event) -> bool:
+        """Start the next window, whose blocks come after the event ``before``; False: no more."""
+        window = next(self._windows, None)
+        if window is None:
+            return False
+        _Puller(target=self._pull, args=(window, before), name="blocks", daemon=True).start()
+        return True
+
+    def _pull(self, window: Window, before: threading.Event) -> None:
+        done = threading.Event()
+        is_last = True
         try:
-            for bundle in dataset.iter_internal_ref_bundles():
-                for block in bundle.block_refs:
-                    if not self._put(block):
-                        return
+            for number, block in enumerate(_references(window.dataset())):
+                if not (self._reached(before) and self._put(block)):
+                    return
+                if number == window.blocks // 2:
+                    is_last = not self._start_next(done)
         except Exception as error:  # noqa: BLE001 - raised again on the driver's thread
             self._error = error
+        done.set()
+        if is_last or self._error is not None:
+            self._ended.set()
+
+    def _reached(self, before: threading.Event) -> bool:
+        """False if nobody wants more."""
+        while not self._stopped.is_set():
+            if before.wait(_POLL_S):
+                return True
+        return False
 
     def _put(self, block: ray.ObjectRef) -> bool:
         """False if nobody wants more."""
@@ -75,6 +130,11 @@ class Blocks:
                 self._queue.put(block, timeout=_POLL_S)
                 return True
         return False
+
+
+def _references(dataset: ray.data.Dataset) -> Iterator[ray.ObjectRef]:
+    for bundle in dataset.iter_internal_ref_bundles():
+        yield from bundle.block_refs
 
 
 def end_datasets(within_s: float) -> None:

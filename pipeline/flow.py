@@ -33,7 +33,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pipeline import logs
 from pipeline.actor import ReplicaSpec
-from pipeline.blocks import Blocks, end_datasets
+from pipeline.blocks import Blocks, Window, end_datasets
 from pipeline.capacity import PREPARE_CPUS, NodeCapacity
 from pipeline.children import descendants, reap
 from pipeline.commit import PartStats
@@ -62,6 +62,10 @@ _HUNGRY_POLL_S = 0.02
 """While replicas could take more shards than are prepared."""
 _AHEAD = 2
 """Prepared blocks that the driver holds for the next replica that is free."""
+_WINDOW_SHARDS = 1_000
+"""Shards of one dataset: Ray Data plans them in about a second, before the first is read."""
+_WINDOWS_STORE = 0.25
+"""Share of the object store that each of two datasets at a time may fill; of one, it is half."""
 _LOOK_INTERVAL_S = 1.0
 _REPORT_S = 5.0
 """Of ``drain_s``, what is left for Ray's shutdown and the report."""
@@ -241,7 +245,7 @@ def run_shards(
     with (
         _own_errors(),
         Pool(replicas, names, depth=OPEN_SHARDS + 1, spare_cpus=PREPARE_CPUS) as pool,
-        Blocks(_prepared(spec, shards), ahead=_AHEAD) as blocks,
+        Blocks(_windows(shards, partial(_prepared, spec)), ahead=_AHEAD) as blocks,
     ):
         driver = _Driver(spec, roster, pool, watch)
         try:
@@ -276,15 +280,9 @@ def expire_shards(spec: FlowSpec, shards: Sequence[Shard]) -> Iterator[PartStats
     Raises:
         StorageError, AccountingError: a part could not be read or written whole.
     """
-    _configure_ray_data()
-    with _own_errors():
-        expired = _read(spec, shards).map_batches(
-            partial(expire_shard, to=spec.replica.to, prepare=spec.prepare),
-            batch_size=None,
-            batch_format="pyarrow",
-        )
-        for batch in expired.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from map(PartStats.from_json, batch.column("stats").to_pylist())
+    expire = partial(expire_shard, to=spec.replica.to, prepare=spec.prepare)
+    for table in _tables(spec, shards, expire):
+        yield from map(PartStats.from_json, table.column("stats").to_pylist())
 
 
 def count_shards(spec: FlowSpec, picks: Sequence[Pick]) -> Iterator[ShardCounts]:
@@ -296,16 +294,10 @@ def count_shards(spec: FlowSpec, picks: Sequence[Pick]) -> Iterator[ShardCounts]
         StorageError: an input file cannot be read, or changed.
         EngineError: Ray gave up.
     """
-    _configure_ray_data()
     rows = {pick.shard.index: pick.rows for pick in picks}
-    with _own_errors():
-        counted = _read(spec, [pick.shard for pick in picks]).map_batches(
-            partial(_count, spec=spec.prepare, rows=rows),
-            batch_size=None,
-            batch_format="pyarrow",
-        )
-        for batch in counted.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from map(ShardCounts.from_json, batch.column("counts").to_pylist())
+    count = partial(_count, spec=spec.prepare, rows=rows)
+    for table in _tables(spec, [pick.shard for pick in picks], count):
+        yield from map(ShardCounts.from_json, table.column("counts").to_pylist())
 
 
 class _Driver:
@@ -381,8 +373,35 @@ def _own_errors() -> Iterator[None]:
         raise EngineError(f"Ray gave up: {last_line(error)}") from error
 
 
-def _read(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
-    return ray.data.read_datasource(ShardSource(spec, shards), override_num_blocks=len(shards))
+def _windows(
+    shards: Sequence[Shard], dataset: Callable[[Sequence[Shard], float], ray.data.Dataset]
+) -> Iterator[Window]:
+    """Windows of ``shards``; ``dataset`` gets some, and their share of the object store."""
+    share = 2 * _WINDOWS_STORE if len(shards) <= _WINDOW_SHARDS else _WINDOWS_STORE
+    for first in range(0, len(shards), _WINDOW_SHARDS):
+        some = shards[first : first + _WINDOW_SHARDS]
+        yield Window(partial(dataset, some, share), len(some))
+
+
+def _tables(
+    spec: FlowSpec, shards: Sequence[Shard], step: Callable[[pa.Table], pa.Table]
+) -> Iterator[pa.Table]:
+    """What ``step`` makes of each shard's block, in any order."""
+
+    def dataset(some: Sequence[Shard], share: float) -> ray.data.Dataset:
+        return _mapped(spec, some, share, step)
+
+    with _own_errors(), Blocks(_windows(shards, dataset), ahead=_AHEAD) as blocks:
+        yield from map(ray.get, blocks)
+
+
+def _mapped(
+    spec: FlowSpec, shards: Sequence[Shard], share: float, step: Callable[[pa.Table], pa.Table]
+) -> ray.data.Dataset:
+    """The dataset of ``step``'s blocks, one per shard."""
+    _configure_ray_data(share)
+    read = ray.data.read_datasource(ShardSource(spec, shards), override_num_blocks=len(shards))
+    return read.map_batches(step, batch_size=None, batch_format="pyarrow")
 
 
 def _prepare(
@@ -409,20 +428,20 @@ def _count(block: pa.Table, spec: PrepareSpec, rows: Mapping[int, int]) -> pa.Ta
     return pa.table({"counts": [counts.to_json()]})
 
 
-def _prepared(spec: FlowSpec, shards: Sequence[Shard]) -> ray.data.Dataset:
-    _configure_ray_data()
-    return _read(spec, shards).map_batches(
-        partial(_prepare, spec=spec.prepare, adjust=spec.adjust, run=spec.replica.run_name),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
+def _prepared(spec: FlowSpec, shards: Sequence[Shard], share: float) -> ray.data.Dataset:
+    run = spec.replica.run_name
+    prepare = partial(_prepare, spec=spec.prepare, adjust=spec.adjust, run=run)
+    return _mapped(spec, shards, share, prepare)
 
 
-def _configure_ray_data() -> None:
+def _configure_ray_data(share: float) -> None:
+    """Set what the next dataset takes over; it may fill ``share`` of the object store."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split
     context.raise_original_map_exception = True  # else the cause is lost on its way to the driver
+    context.override_object_store_memory_limit_fraction = share
+    context.execution_no_progress_timeout_s = -1  # replicas may need no block for hours
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False

@@ -17,7 +17,7 @@ import time
 import ray
 import ray.data
 
-from pipeline.blocks import Blocks, end_datasets
+from pipeline.blocks import Blocks, Window, end_datasets
 
 
 def slow(block):
@@ -28,9 +28,8 @@ def slow(block):
 ray.init(address="local", num_cpus=2, include_dashboard=False)
 others = set(threading.enumerate())
 dataset = ray.data.range(500, override_num_blocks=500).map_batches(slow, batch_size=None)
-with Blocks(dataset, ahead=2) as blocks:
-    while blocks.take() is None:
-        time.sleep(0.01)
+with Blocks([Window(lambda: dataset, 2), Window(lambda: dataset, 500)], ahead=2) as blocks:
+    taken = [next(iter(blocks)) for _ in range(4)]  # of two windows, both are at work now
 end_datasets(120)
 left = [each.name for each in set(threading.enumerate()) - others]
 ray.shutdown()

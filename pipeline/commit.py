@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 _STATS_KEY = b"maverick.part"
 _DATA_KEY = "maverick.data.sha256"
 _FOOTER_THREADS = 16
+_TAIL_BYTES = 2**16
+"""What is read first of a part's end: more than its footer has but for hundreds of columns."""
+_FOOTER_END = 8
+"""Bytes behind a Parquet footer: its length, and a magic number."""
 _EXAMPLES_PER_CODE = 2
 _EXAMPLE_ID = 120  # characters
 _EXAMPLE_MESSAGE = 400  # characters
@@ -314,7 +318,7 @@ def commit_part(to: Destination, table: pa.Table, shard: Shard, stats: PartStats
             stored, version = storage.read_version(uri)
         except FileNotFoundError:
             continue
-        earlier = _stats_of(uri, _read_metadata(uri, io.BytesIO(stored)))
+        earlier = _stats_of(uri, _read_metadata(uri, stored))
         if counts(to, earlier):
             log.info("shard %d was committed by another attempt; this one is dropped", shard.index)
             return earlier
@@ -428,14 +432,14 @@ def part_number(uri: str) -> int | None:
 
 
 def committed_shards(output_uri: str, plan: Plan) -> set[int]:
-    """Shards whose part is in the output folder, by listing it once.
+    """Shards whose part is in the output folder, by listing it once, in bounded memory.
 
     Raises:
         StorageError: the folder cannot be listed, or holds a part that no shard of the plan has.
     """
     folder = storage.join(output_uri, "data")
     shards: set[int] = set()
-    for entry in storage.list_files(folder, suffixes=(".parquet",)):
+    for entry in storage.iterate_folder(folder, suffixes=(".parquet",)):
         shard = part_number(entry.uri)
         if shard is None or shard >= len(plan.shards):
             raise StorageError(f"{entry.uri} is no part of this run; move it away")
@@ -479,11 +483,11 @@ def read_stored_part(output_uri: str, shard: int) -> StoredPart:
     """
     uri = part_uri(output_uri, shard)
     content = storage.read_bytes(uri)
-    metadata = _read_metadata(uri, io.BytesIO(content))
+    metadata = _read_metadata(uri, content)
     stats = _stats_of(uri, metadata)
     checksum = metadata.get(_DATA_KEY.encode())
-    footer = int.from_bytes(content[-8:-4], "little")
-    data = memoryview(content)[: max(0, len(content) - 8 - footer)]
+    footer = int.from_bytes(content[-_FOOTER_END:-4], "little") + _FOOTER_END
+    data = memoryview(content)[: max(0, len(content) - footer)]
     try:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:  # OSError: its pages
@@ -503,9 +507,11 @@ def read_stats(output_uri: str, shards: Iterable[int]) -> Iterator[PartStats]:
 
 
 def _read_stats(uri: str) -> PartStats:
-    with storage.open_input(uri) as handle:
-        metadata = _read_metadata(uri, handle)
-    return _stats_of(uri, metadata)
+    tail = storage.read_tail(uri, _TAIL_BYTES)
+    size = int.from_bytes(tail[-_FOOTER_END:-4], "little") + _FOOTER_END
+    if size > len(tail) == _TAIL_BYTES:
+        tail = storage.read_tail(uri, size)
+    return _stats_of(uri, _read_metadata(uri, tail))
 
 
 def _stats_of(uri: str, metadata: Mapping[bytes, Any]) -> PartStats:
@@ -517,12 +523,11 @@ def _stats_of(uri: str, metadata: Mapping[bytes, Any]) -> PartStats:
         raise StorageError(_damaged(uri, error)) from None
 
 
-def _read_metadata(uri: str, handle: IO[bytes]) -> dict[bytes, Any]:
+def _read_metadata(uri: str, end: bytes) -> dict[bytes, Any]:
+    """The metadata in the footer that ``end`` ends with."""
     try:
-        return pq.read_metadata(handle).metadata or {}
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the store's; pyarrow's own, of a footer it cannot parse, has no number
+        return pq.read_metadata(pa.BufferReader(end)).metadata or {}
+    except (pa.ArrowException, OSError) as error:  # OSError: pyarrow's, of one it cannot parse
         raise StorageError(_damaged(uri, error)) from None
 
 

@@ -54,8 +54,8 @@ class Journal:
         Raises:
             StorageError: the journal cannot be listed or read.
         """
-        entries = storage.list_files(self._folder, suffixes=(".parquet",))
-        self._found = [entry.uri for entry in entries]
+        entries = storage.iterate_folder(self._folder, suffixes=(".parquet",))
+        self._found = sorted(entry.uri for entry in entries)
         rows = range(self._shard.first_row, self._shard.first_row + self._shard.rows)
         known: dict[SampleKey, Outcome] = {}
         for uri in self._found:
@@ -114,7 +114,7 @@ def journaled_shards(output_uri: str) -> frozenset[int]:
     Raises:
         StorageError: they cannot be listed.
     """
-    entries = storage.list_files(storage.join(output_uri, _FOLDER), suffixes=(".parquet",))
+    entries = storage.iterate_folder(storage.join(output_uri, _FOLDER), suffixes=(".parquet",))
     folders = {storage.name(entry.uri.rpartition("/")[0]) for entry in entries}
     return frozenset(int(folder) for folder in folders if folder.isdecimal())
 

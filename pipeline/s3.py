@@ -48,6 +48,37 @@ def _parse_time(value: Any) -> datetime:
         return parsed
 
 
+def list_page(fs: Any, path: str, token: str | None) -> tuple[list[dict[str, Any]], str | None]:
+    """Up to 1,000 objects below the folder ``path``, as fsspec describes files, and the token of
+    the next page; None if this is the last one."""
+    bucket, key, _ = fs.split_path(path)
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    more = {"ContinuationToken": token} if token else {}
+    answer = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+    infos = [
+        {
+            "name": f"{bucket}/{found['Key']}",
+            "type": "file",
+            "size": found["Size"],
+            "ETag": found["ETag"],
+        }
+        for found in answer.get("Contents", ())
+    ]
+    return infos, answer["NextContinuationToken"] if answer.get("IsTruncated") else None
+
+
+def read_tail(fs: Any, path: str, size: int) -> bytes:
+    """The last ``size`` bytes of the object, or all of it, by one request."""
+
+    async def get() -> bytes:
+        bucket, key, _ = fs.split_path(path)
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=-{size}")
+        async with answer["Body"] as body:
+            return bytes(await body.read())
+
+    return asyncio.run_coroutine_threadsafe(get(), fs.loop).result()
+
+
 def read_version(fs: Any, path: str) -> tuple[bytes, str]:
     """Content and ETag of one and the same state of the object."""
 

@@ -21,7 +21,7 @@ import os
 import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -182,17 +182,28 @@ def list_files(
         StorageError: some of it cannot be listed; there is no listing of the rest.
     """
 
-    def found(fs: fsspec.AbstractFileSystem, path: str) -> list[FileEntry]:
-        root = path.rstrip("/")
-        infos = _glob(fs, path) if has_glob(uri) else _find(fs, root, get_protocol(uri))
-        return [
-            _entry(fs, info)
-            for info in infos
-            if (hidden or has_glob(uri) or _is_visible(info["name"].rstrip("/")[len(root) :]))
-            and info["name"].endswith(suffixes)
-        ]
+    if has_glob(uri):
+        entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _glob(fs, path)))
+    else:
+        entries = list(iterate_folder(uri, suffixes=suffixes, hidden=hidden))
+        if not entries and get_protocol(uri) in _S3_PROTOCOLS:
+            entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _itself(fs, path)))
+    chosen = (entry for entry in entries if entry.uri.endswith(suffixes))
+    return sorted(chosen, key=lambda entry: entry.uri)
 
-    return sorted(_attempted(uri, "list", found), key=lambda entry: entry.uri)
+
+def iterate_folder(
+    uri: str, *, suffixes: tuple[str, ...] = ("",), hidden: bool = False
+) -> Iterator[FileEntry]:
+    """The files of a folder that ``list_files`` has, in any order.
+
+    On S3 they come page by page: one is held at a time, and each is tried again by itself.
+
+    Raises:
+        StorageError: some of it cannot be listed; also after files that were given.
+    """
+    for page in _pages(uri, hidden=hidden):
+        yield from (entry for entry in page if entry.uri.endswith(suffixes))
 
 
 def list_folder(uri: str) -> list[str]:
@@ -257,6 +268,27 @@ def read_bytes(uri: str, *, limit: int | None = None) -> bytes:
             return bytes(fs.cat_file(path, start=None if limit is None else 0, end=limit))
         except OSError as error:
             if limit is None or faults.answer(error)[0] != 416:
+                raise
+            return b""  # S3 has no range of an empty object
+
+    return _attempted(uri, "read", content)
+
+
+def read_tail(uri: str, size: int) -> bytes:
+    """The last ``size`` bytes of the object at ``uri``, all of it if it has fewer.
+
+    Raises:
+        FileNotFoundError: no such object.
+        StorageError: it cannot be read.
+    """
+
+    def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+        if get_protocol(uri) not in _S3_PROTOCOLS:
+            return bytes(fs.cat_file(path, start=max(0, fs.info(path)["size"] - size)))
+        try:
+            return s3.read_tail(fs, path, size)
+        except OSError as error:
+            if faults.answer(error)[0] != 416:
                 raise
             return b""  # S3 has no range of an empty object
 
@@ -331,7 +363,9 @@ def open_input(uri: str, *, ahead: int = _READ_AHEAD) -> Iterator[IO[bytes]]:
 
 
 def put_bytes(uri: str, data: bytes) -> None:
-    """Write one whole object, over what was there, and confirm its size.
+    """Write one whole object, over what was there.
+
+    S3's answer confirms it; of other stores, its size is looked at.
 
     Raises:
         StorageError: the write failed or cannot be confirmed. If it is a
@@ -571,11 +605,37 @@ def _s3_filesystem(
     return fs
 
 
-def _find(fs: fsspec.AbstractFileSystem, path: str, protocol: str) -> list[dict[str, Any]]:
-    """The file ``path``, or all files below it. S3 lists a whole tree in one go."""
-    if protocol in _S3_PROTOCOLS:
-        return [info for info in fs.find(path, detail=True).values() if _is_file(info)]
-    return list(_walk(fs, path, depth=None))
+def _pages(uri: str, *, hidden: bool) -> Iterator[list[FileEntry]]:
+    """The files below a folder; of S3 a whole tree, page by page."""
+    is_s3 = get_protocol(uri) in _S3_PROTOCOLS
+    token: str | None = None
+
+    def page(fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[FileEntry], str | None]:
+        root = len(path.rstrip("/"))
+        infos, following = (
+            s3.list_page(fs, path, token) if is_s3 else (_walk(fs, path, depth=None), None)
+        )
+        seen = (i for i in infos if hidden or _is_visible(i["name"].rstrip("/")[root:]))
+        return _entries(fs, seen), following
+
+    while True:
+        entries, token = _attempted(uri, "list", page)
+        yield entries
+        if token is None:
+            return
+
+
+def _itself(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    """The file ``path``; empty if it is none."""
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return []
+    return [info] if _is_file(info) else []
+
+
+def _entries(fs: fsspec.AbstractFileSystem, infos: Iterable[dict[str, Any]]) -> list[FileEntry]:
+    return [_entry(fs, info) for info in infos]
 
 
 def _glob(fs: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
@@ -648,6 +708,8 @@ def _is_refused(error: OSError) -> bool:
 
 
 def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, size: int) -> None:
+    if get_protocol(uri) in _S3_PROTOCOLS:  # it has answered: a further request would say the same
+        return
     stored = fs.info(path)["size"]
     if stored != size:
         raise StorageUnavailableError(f"cannot write {uri}: stored {stored} of {size} bytes")

@@ -38,6 +38,12 @@ class FakeS3:
     """How far its clock is ahead."""
     puts: list[str] = field(default_factory=list)
     """``bucket/key`` of each PUT."""
+    requests: list[str] = field(default_factory=list)
+    """Method and ``bucket/key`` of each request; of listings and deletions just the bucket."""
+    page_keys: int = 1000
+    """Objects in one answer to a listing."""
+    busy_pages: set[int] = field(default_factory=set)
+    """Listings, counted from 0, that are answered once with 503."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -60,6 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, query = unquote(parts.path).strip("/"), parse_qs(parts.query, keep_blank_values=True)
         bucket, _, key = path.partition("/")
         with store.lock:
+            store.requests.append(f"{self.command} {path}")
             if self.command in store.denied:
                 self._refuse(403, "AccessDenied")
             elif bucket not in store.buckets:
@@ -71,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif key:
                 self._on_object(store, path, body)
             else:
-                self._send(200, _listing(store, bucket, query.get("prefix", [""])[0]))
+                self._on_listing(store, bucket, query)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _answer  # noqa: N815
 
@@ -85,9 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "NoSuchKey")
         else:
             content = store.objects[path]
-            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
-            if asked:
+            asked = re.fullmatch(r"bytes=(\d*)-(\d+)", self.headers.get("Range") or "")
+            if asked and asked[1]:
                 content = content[int(asked[1]) : int(asked[2]) + 1]
+            elif asked:
+                content = content[-int(asked[2]) :]
             written = datetime.now(UTC) + store.ahead
             self._send(
                 206 if asked else 200,
@@ -95,6 +104,15 @@ class _Handler(BaseHTTPRequestHandler):
                 ETag=_tag(store.objects[path]),
                 **{"Last-Modified": format_datetime(written, usegmt=True)},
             )
+
+    def _on_listing(self, store: FakeS3, bucket: str, query: dict[str, list[str]]) -> None:
+        first = int(query.get("continuation-token", ["0"])[0])
+        page = first // store.page_keys
+        if page in store.busy_pages:
+            store.busy_pages.remove(page)
+            self._refuse(503, "SlowDown")
+            return
+        self._send(200, _listing(store, bucket, query.get("prefix", [""])[0], first))
 
     def _put(self, store: FakeS3, path: str, body: bytes) -> None:
         held = store.objects.get(path)
@@ -129,16 +147,21 @@ def _tag(content: bytes) -> str:
     return f'"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"'
 
 
-def _listing(store: FakeS3, bucket: str, prefix: str) -> bytes:
+def _listing(store: FakeS3, bucket: str, prefix: str, first: int) -> bytes:
     begin = f"{bucket}/"
+    matching = [
+        item for item in sorted(store.objects.items()) if item[0].startswith(begin + prefix)
+    ]
+    end = first + store.page_keys
+    more = end < len(matching)
+    token = f"<NextContinuationToken>{end}</NextContinuationToken>" if more else ""
     found = "".join(
         f"<Contents><Key>{escape(path.removeprefix(begin))}</Key><Size>{len(content)}</Size>"
         f"<ETag>{escape(_tag(content))}</ETag>"
         f"<LastModified>{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>"
-        for path, content in sorted(store.objects.items())
-        if path.startswith(f"{begin}{prefix}")
+        for path, content in matching[first:end]
     )
     return (
-        f"<ListBucketResult><Name>{bucket}</Name><IsTruncated>false</IsTruncated>"
-        f"{found}</ListBucketResult>"
+        f"<ListBucketResult><Name>{bucket}</Name><IsTruncated>{str(more).lower()}</IsTruncated>"
+        f"{token}{found}</ListBucketResult>"
     ).encode()

@@ -32,7 +32,7 @@ from pipeline.report import total
 
 _KEYS_PER_LISTING = 1000
 """Objects that S3 names in one answer."""
-_REQUESTS_PER_FOOTER = 2
+_REQUESTS_PER_FOOTER = 1
 _MILLION = 1_000_000
 _MIB = 2**20
 
@@ -61,7 +61,7 @@ class DriverTimes:
 
     @property
     def requests_per_footer(self) -> int:
-        """Of one part: its size, and its end."""
+        """Of one part: its end."""
         return _REQUESTS_PER_FOOTER
 
     @property

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from jobs.cli import Interrupted, first_signal, name_run, raise_interrupted
+from jobs import signals
+from jobs.cli import name_run
 from jobs.settle import (
     Job,
     Options,
@@ -143,7 +143,7 @@ def connected(job: Job) -> Iterator[None]:
     from pipeline.ray_metrics import Exporter
 
     with cluster(local_cpus=local_cpus()), Exporter(run=job.config.name):
-        signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
+        signals.insist()
         check_capacity(job, cluster_nodes(), grows=cluster_grows())
         yield
 
@@ -154,19 +154,37 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
 
     Raises:
         RunBusyError: another driver is at it.
+        Interrupted: a signal came before it was.
     """
-    with Lease.acquire(job.run.uri, wait=job.options.wait) as lease:
+    with (
+        signals.deferred(job.config.limits.drain_s, "keeping what is finished, then exit"),
+        Lease.acquire(job.run.uri, wait=job.options.wait, pause=signals.pause_or_stop) as lease,
+    ):
+        confirm = confirming(lease)
         run = job.open_run()  # another driver may have gone on with it meanwhile
         job = replace(job, run=run)
         if job.options.retry or not run.complete:
-            run.start(lease.confirm)
+            run.start(confirm)
         if job.options.retry:
             what = job.options.retry
-            found = reopen(job.to, run.plan, run.done, what, lease.confirm)
+            found = reopen(job.to, run.plan, run.done, what, confirm)
             log.info("%d records are to be done again", found.records)
-            lease.confirm()
+            confirm()
             job = replace(job, run=run.retry(what, found.shards))
         yield job, lease
+
+
+def confirming(lease: Lease) -> Callable[[], None]:
+    """What confirms the lease between two steps of long work, and is a place to stop at a signal.
+
+    Its errors are ``Interrupted`` and those of ``Lease.confirm``.
+    """
+
+    def confirm() -> None:
+        signals.check()
+        lease.confirm()
+
+    return confirm
 
 
 @contextmanager
@@ -207,6 +225,7 @@ def _generate(job: Job, lease: Lease, live: LiveRun, parts: _Parts) -> Result:
             min_rows=limits.error_rate_min_rows,
             deadline=job.deadline,
             lease_lost=lambda: lease.lost,
+            interrupted=_signal_name,
             show=lambda seen: display.update(
                 seen.tally,
                 running=seen.running,
@@ -222,12 +241,10 @@ def _generate(job: Job, lease: Lease, live: LiveRun, parts: _Parts) -> Result:
 
         try:
             if run.pending and not watch.is_late():
-                with first_signal(watch.interrupt):
-                    for stats in run_shards(flow_spec(job), run.pending, look):
-                        parts.add(stats)
-        except (PipelineError, Interrupted) as error:
-            status = RunStatus.INTERRUPTED if isinstance(error, Interrupted) else RunStatus.FAILED
-            return _broken(job, lease, status, str(error), parts)
+                for stats in run_shards(flow_spec(job), run.pending, look):
+                    parts.add(stats)
+        except PipelineError as error:
+            return _broken(job, lease, RunStatus.FAILED, str(error), parts)
     return _conclude(job, lease, watch, parts)
 
 
@@ -258,7 +275,8 @@ def _expire(job: Job, lease: Lease, parts: _Parts) -> Result:
     try:
         for stats in expire_shards(flow_spec(job), left) if left else ():
             parts.add(stats)
-    except (PipelineError, Interrupted) as error:
+            signals.check()
+    except (PipelineError, signals.Interrupted) as error:
         return _broken(job, lease, RunStatus.INTERRUPTED, str(error), parts)
     return _finish(job, parts, lease, deadline_passed=True)
 
@@ -285,7 +303,10 @@ def _finish(
     if lease is not None:
         if job.found.is_jsonl:
             log.info("writing %s of %d parts", " and ".join(OPENAI_FILES), totals.parts)
-            write_openai_output(job.to, totals.parts, lease.confirm)
+            try:
+                write_openai_output(job.to, totals.parts, confirming(lease))
+            except signals.Interrupted as error:
+                return _broken(job, lease, RunStatus.INTERRUPTED, str(error), parts)
         lease.confirm()
         write_report(result, job.run.manifest, _money(job, result))
         clear_journals(job.run.uri, lease.confirm)

@@ -10,29 +10,20 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn, Protocol
 
+from jobs import signals
+from jobs.signals import Interrupted, last_line
 from pipeline.dates import check_date
 from pipeline.errors import ConfigError, ExitCode, PipelineError, UsageError
 from pipeline.redact import configure_logging, redacted, redacted_text
 from pipeline.report import Result, RunStatus, total
 
 log = logging.getLogger(__name__)
-
-_result_fd = 1
-"""Where the last line goes while descriptor 1 points at stderr."""
-_run_uri: str | None = None
-"""The run that the last line names if it tells of a failure, once the job knows it."""
-
-
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT: stop now, what is committed stays. Not an error: nothing may eat it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,20 +103,26 @@ def run_job(
     job: Callable[[argparse.Namespace], Ending],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
+    *,
+    remedy: str = "the same command resumes",
 ) -> int:
-    """Run ``job``, turn its errors into a result, print the result, return the exit code."""
-    global _run_uri
-    _run_uri = None
+    """Run ``job``, turn its errors into a result, print the result, return the exit code.
+
+    Args:
+        job: the job.
+        parser: of its command line.
+        argv: the command line; None: this process's.
+        remedy: what to do once a signal has stopped it.
+    """
     started = time.monotonic()
     arguments: argparse.Namespace | ConfigError
     try:
         arguments = parser.parse_args(argv)  # prints --help itself, on the real stdout
     except ConfigError as error:
         arguments = error
-    with _stdout_for_result() as print_result:
+    last_line.begin(remedy)
+    with _stdout_for_result(), signals.listening():
         _log_to_stderr()
-        signal.signal(signal.SIGTERM, raise_interrupted)
-        signal.signal(signal.SIGINT, raise_interrupted)
         try:
             if isinstance(arguments, ConfigError):
                 raise arguments
@@ -136,8 +133,8 @@ def run_job(
             result = _failure(RunStatus.FAILED, str(error), started)
         except Interrupted as error:
             result = _failure(RunStatus.INTERRUPTED, str(error), started)
-        except SystemExit:  # Ray's own SIGTERM handler, until ray.init is through
-            error_text = "stopped by SIGTERM while Ray was starting; the same command resumes"
+        except SystemExit:  # Ray's own SIGTERM handler, where the job began to listen too late
+            error_text = f"stopped by SIGTERM while Ray was starting; {remedy}"
             result = _failure(RunStatus.INTERRUPTED, error_text, started)
         except Exception as error:  # a defect of ours, told whole and in the contract's form
             log.exception("this is a defect; please report it with the lines below")
@@ -146,25 +143,19 @@ def run_job(
         if result.error:
             sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
         sys.stderr.flush()
-        print_result(json.dumps(redacted(result.to_json())))
+        last_line.write(json.dumps(redacted(result.to_json())), int(result.exit_code))
     return int(result.exit_code)
-
-
-def raise_interrupted(number: int, _frame: FrameType | None) -> None:
-    """Signal handler: raise ``Interrupted`` in the main thread."""
-    raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command resumes")
 
 
 def name_run(uri: str) -> None:
     """Tell which run it is, for the last line of a job that ends without a result of its own."""
-    global _run_uri
-    _run_uri = uri
+    last_line.run = redacted_text(uri)
 
 
 def _failure(status: RunStatus, error: str, started: float) -> Result:
     return Result(
         status=status,
-        run=_run_uri,
+        run=last_line.run,
         rows_total=0,
         totals=total([]),
         seconds=time.monotonic() - started,
@@ -173,49 +164,15 @@ def _failure(status: RunStatus, error: str, started: float) -> Result:
 
 
 @contextmanager
-def first_signal(tell: Callable[[str], None]) -> Iterator[None]:
-    """Within, the first SIGTERM or SIGINT is only told (by name), the second ends the process."""
-    told: list[str] = []
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if told:
-            _exit_at_once(name)
-        told.append(name)
-        sys.stderr.write(f"{name}: keeping what is finished, then exit; once more = at once\n")
-        tell(name)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+def _stdout_for_result() -> Iterator[None]:
+    """Point file descriptor 1 at stderr; the last line goes to the real stdout."""
+    sys.stdout.flush()
+    real = last_line.fd = os.dup(1)
+    os.dup2(2, 1)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _exit_at_once(signal_name: str) -> NoReturn:
-    """The contract's last line, and nothing else: no report, no clean shutdown."""
-    message = f"stopped at once by a second signal ({signal_name}); the same command resumes"
-    result = _failure(RunStatus.INTERRUPTED, message, time.monotonic())
-    os.write(_result_fd, (json.dumps(result.to_json()) + "\n").encode())
-    os._exit(int(result.exit_code))
-
-
-@contextmanager
-def _stdout_for_result() -> Iterator[Callable[[str], None]]:
-    """Point file descriptor 1 at stderr; yield a function that writes to the real stdout."""
-    global _result_fd
-    sys.stdout.flush()
-    real = _result_fd = os.dup(1)
-    os.dup2(2, 1)
-
-    def write(line: str) -> None:
-        sys.stdout.flush()
-        os.write(real, (line + "\n").encode())
-
-    try:
-        yield write
-    finally:
+        last_line.fd = 1
         os.dup2(real, 1)
         os.close(real)
 

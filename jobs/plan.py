@@ -13,14 +13,14 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-from jobs.cli import Interrupted, job_parser, name_run, raise_interrupted, run_job
+from jobs import signals
+from jobs.cli import job_parser, name_run, run_job
 from jobs.forecast import Forecast, make_forecast
 from jobs.forecast_table import show
 from jobs.settle import (
@@ -103,7 +103,8 @@ def plan_parser(module: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and make the plan; returns the exit code."""
-    return run_job(partial(plan, look=look_on_ray), plan_parser("jobs.plan"), argv)
+    remedy = "a plan keeps nothing, the same command starts anew"
+    return run_job(partial(plan, look=look_on_ray), plan_parser("jobs.plan"), argv, remedy=remedy)
 
 
 def plan(arguments: argparse.Namespace, *, look: Look) -> Result:
@@ -228,16 +229,12 @@ def look_on_ray(job: Job, picks: Sequence[Pick]) -> Iterator[Looked]:
     )
     from pipeline.flow import cluster, cluster_grows, cluster_nodes, count_shards  # ray: 1-2 s
 
-    try:
-        with cluster(local_cpus=local_cpus()):
-            signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
-            lacks = lacking(job.config, job.profile, cluster_nodes())
-            if cluster_grows():
-                lacks = waiting(lacks)
-            yield lacks, count_shards(flow_spec(job), picks)
-    except Interrupted as error:
-        reason = str(error).partition(";")[0]
-        raise Interrupted(f"{reason}; a plan keeps nothing, the same command starts anew") from None
+    with cluster(local_cpus=local_cpus()):
+        signals.insist()
+        lacks = lacking(job.config, job.profile, cluster_nodes())
+        if cluster_grows():
+            lacks = waiting(lacks)
+        yield lacks, count_shards(flow_spec(job), picks)
 
 
 class _Told:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from jobs.cli import Interrupted, name_run, plain_parser, run_job
+from jobs import signals
+from jobs.cli import name_run, plain_parser, run_job
 from jobs.status_view import one_line, page
 from pipeline import storage
 from pipeline.errors import ExitCode, InputError, StorageError
@@ -31,6 +31,8 @@ from pipeline.status import RunView, State
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 5.0
+_LAST_LOOK_S = 10.0
+"""What a look may take on after a signal, so that it can be shown."""
 _PLAIN_WIDTH = 120
 """Columns of a page where no terminal says."""
 _EPILOG = """\
@@ -178,17 +180,13 @@ def _watch(look: Callable[[], Told], *, quiet: bool) -> Told:
     try:
         if on_terminal:
             display.start()
-        while told is None or told.live:
-            if told is not None:
-                time.sleep(_INTERVAL_S)
-            told = _again(look, told)
-            if on_terminal:
-                display.update(page(told.views, one=told.one), refresh=True)
-            elif not quiet:
-                log.info("%s", one_line(told.views))
-    except Interrupted:
-        if told is None:
-            raise
+        with signals.deferred(_LAST_LOOK_S):
+            while told is None or (told.live and not signals.pause(_INTERVAL_S)):
+                told = _again(look, told)
+                if on_terminal:
+                    display.update(page(told.views, one=told.one), refresh=True)
+                elif not quiet:
+                    log.info("%s", one_line(told.views))
     finally:
         display.stop()
     return told

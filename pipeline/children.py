@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import psutil
 
 _REAP_S = 5.0  # SIGKILL acts at once; more is a process stuck in the kernel
@@ -21,6 +23,22 @@ def reap(processes: set[psutil.Process]) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(processes, timeout=_REAP_S)
+
+
+def end_all() -> None:
+    """Kill what runs below this process, which must end right after it.
+
+    All are stopped first: none starts another meanwhile, or sees one go and complains.
+    """
+    stopped: set[psutil.Process] = set()
+    while new := descendants() - stopped:
+        for process in new:
+            with suppress(psutil.Error):
+                process.suspend()
+        stopped |= new
+    for process in stopped:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def _is_tracker(process: psutil.Process) -> bool:

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -134,19 +135,26 @@ class Lease:
 
     @classmethod
     def acquire(
-        cls, run_uri: str, *, wait: bool, ttl_s: float = TTL_S, renewal_s: float = RENEWAL_S
+        cls,
+        run_uri: str,
+        *,
+        wait: bool,
+        ttl_s: float = TTL_S,
+        renewal_s: float = RENEWAL_S,
+        pause: Callable[[float], None] = time.sleep,
     ) -> Lease:
         """Take the lease of the run at ``run_uri`` and start renewing it.
 
         A free or released lease is taken at once; one whose owner died, after ``ttl_s``. If the
-        owner lives, this is refused within about ``renewal_s``, or waited for if ``wait``.
+        owner lives, this is refused within about ``renewal_s``, or waited for if ``wait``. What
+        ``pause`` raises instead of sleeping ends the wait.
 
         Raises:
             RunBusyError: another driver has the run, and lives.
             StorageError: the object cannot be read or written, or is no lease.
         """
         uri = storage.join(run_uri, "_lease.json")
-        contender = _Contender(uri, wait=wait, ttl_s=ttl_s, renewal_s=renewal_s)
+        contender = _Contender(uri, wait=wait, ttl_s=ttl_s, renewal_s=renewal_s, pause=pause)
         lease = cls(uri, contender.win(), ttl_s=ttl_s, renewal_s=renewal_s)
         metrics.LEASE_LOST.set(0)
         lease._thread.start()
@@ -295,9 +303,18 @@ def _watched(uri: str, view: LeaseView, version: str, renewal_s: float) -> Lease
 class _Contender:
     """A driver that wants the lease at ``uri``."""
 
-    def __init__(self, uri: str, *, wait: bool, ttl_s: float, renewal_s: float) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        wait: bool,
+        ttl_s: float,
+        renewal_s: float,
+        pause: Callable[[float], None],
+    ) -> None:
         self._uri = uri
         self._wait = wait
+        self._pause = pause
         self._ttl_s = ttl_s
         self._renewal_s = renewal_s
         self._mine = LeaseRecord.new()
@@ -326,7 +343,7 @@ class _Contender:
             elif looked - since >= self._ttl_s:
                 self._take(seen, over=str(seen.record))
                 continue
-            time.sleep(self._renewal_s / _LOOKS_PER_RENEWAL)
+            self._pause(self._renewal_s / _LOOKS_PER_RENEWAL)
 
     def _look_or_create(self) -> _Seen:
         while True:

@@ -45,22 +45,20 @@ class Watch:
         min_rows: int,
         deadline: datetime | None,
         lease_lost: Callable[[], str | None],
+        interrupted: Callable[[], str | None] = lambda: None,
         show: Callable[[Snapshot], None],
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``show`` sees every snapshot; ``lease_lost`` says why the lease is gone, if it is."""
+        """``show`` sees every snapshot; ``lease_lost`` says why the lease is gone, if it is, and
+        ``interrupted`` which signal was heard, if one was."""
         self._max_error_rate = max_error_rate
         self._min_rows = min_rows
         self._deadline = deadline
         self._lease_lost = lease_lost
         self._show = show
         self._clock = clock
-        self._signal: str | None = None
+        self._interrupted = interrupted
         self.stop: Stop | None = None
-
-    def interrupt(self, signal_name: str) -> None:
-        """A signal came; safe in a signal handler."""
-        self._signal = signal_name
 
     def is_late(self) -> bool:
         """Whether the deadline has passed before anything was started."""
@@ -79,8 +77,8 @@ class Watch:
         lost = self._lease_lost()
         if lost is not None:
             return Stop(Reason.LEASE_LOST, lost)
-        if self._signal is not None:
-            message = f"stopped by {self._signal}; the same command resumes"
+        if (signal_name := self._interrupted()) is not None:
+            message = f"stopped by {signal_name}; the same command resumes"
             return Stop(Reason.SIGNAL, message)
         if self._deadline is not None and self._clock() >= self._deadline:
             return Stop(Reason.DEADLINE, f"limits.deadline {self._deadline.isoformat()} passed")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -18,19 +17,15 @@ from typing import TypeVar
 
 from cluster.preflight.inspection import inspect
 from cluster.preflight.report import Report
-from jobs.cli import (
-    Interrupted,
-    add_config_arguments,
-    plain_parser,
-    raise_interrupted,
-    run_job,
-)
+from jobs import signals
+from jobs.cli import add_config_arguments, plain_parser, run_job
 from jobs.settle import local_cpus
 from pipeline.config import load_config
 from pipeline.profile import load_profile
 
 T = TypeVar("T")
 
+_POLL_S = 0.1
 _CLEAN_UP_S = 10.0
 """What an interrupted look gets to delete its objects, once Ray is shut down under it."""
 _EPILOG = """\
@@ -77,7 +72,8 @@ def preflight_parser(module: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and look; returns the exit code."""
-    return run_job(preflight, preflight_parser("cluster.preflight"), argv)
+    remedy = "the same command starts anew"
+    return run_job(preflight, preflight_parser("cluster.preflight"), argv, remedy=remedy)
 
 
 def preflight(arguments: argparse.Namespace) -> Report:
@@ -94,14 +90,18 @@ def preflight(arguments: argparse.Namespace) -> Report:
     looking: Future[Report] | None = None
     try:
         with ray_crew(local_cpus()) as crew:
-            signal.signal(signal.SIGTERM, raise_interrupted)  # ray.init replaced it
-            looking = _aside(partial(inspect, config, profile, crew, checksums=arguments.checksums))
+            signals.insist()
+            with signals.deferred(2 * _CLEAN_UP_S):
+                looking = _aside(
+                    partial(inspect, config, profile, crew, checksums=arguments.checksums)
+                )
+                while not looking.done():
+                    signals.pause_or_stop(_POLL_S)
             report = looking.result()
-    except Interrupted as error:
+    except signals.Interrupted:
         if looking is not None:
             wait([looking], _CLEAN_UP_S)
-        reason = str(error).partition(";")[0]
-        raise Interrupted(f"{reason}; the same command starts anew") from None
+        raise
     report.show()
     return report
 

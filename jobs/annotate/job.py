@@ -12,11 +12,13 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
+from jobs import signals
 from jobs.annotate.answer import Answer, settle_answer
 from jobs.annotate.attempts import (
     FIRST_RUN,
@@ -43,14 +45,21 @@ from jobs.annotate.feed import Dataset, relative_paths, write_feed
 from jobs.annotate.preview import show_first_row
 from jobs.annotate.runs import first_config, later_config
 from jobs.annotate.votes import INVALID
-from jobs.batch import run_batch
+from jobs.batch import confirming, run_batch
 from jobs.cli import name_run
 from jobs.settle import Job, Options, check_place, describe, settle
 from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, VLLMEngine
 from pipeline.engine_spec import EngineSpec
-from pipeline.errors import ConfigError, ErrorCode, RunMismatchError, StorageError
+from pipeline.errors import (
+    ConfigError,
+    ErrorCode,
+    LeaseLostError,
+    RunBusyError,
+    RunMismatchError,
+    StorageError,
+)
 from pipeline.lease import Lease, check_not_driven
 from pipeline.plan import InputFile
 from pipeline.records import Status
@@ -180,11 +189,11 @@ def _next_feed(work: _Work, attempts: Sequence[Attempt]) -> Feed | None:
     known = read_feed(work.uri, number)
     if known is not None or task.retries == 0:
         return known
-    with Lease.acquire(work.uri, wait=work.options.wait) as lease:
+    with _owned(work) as confirm:
         feed = write_feed(work.uri, number, work.dataset, attempts, work.answer, task)
         if not feed.files:
             return None
-        lease.confirm()
+        confirm()
         mark_feed(work.uri, feed)
     return feed
 
@@ -203,10 +212,10 @@ def _finish(work: _Work, done: _Done) -> Result:
     if None not in found.values() and storage.exists(storage.join(work.uri, "_SUCCESS")):
         log.info("%s is finished; nothing to generate or to write", work.uri)
         return _result(work, done, found)
-    with Lease.acquire(work.uri, wait=work.options.wait) as lease:
+    with _owned(work) as confirm:
         _withdraw(work)
-        result = _result(work, done, assemble(assembly, found, lease.confirm))
-        lease.confirm()
+        result = _result(work, done, assemble(assembly, found, confirm))
+        confirm()
         manifest = _write_manifest(work)
         write_report(result, manifest)
         storage.put_bytes(storage.join(work.uri, "_SUCCESS"), b"")
@@ -243,12 +252,31 @@ def _stopped(work: _Work, done: _Done) -> Result:
         details={**last.details, **_details(done, Counts())},
     )
     try:
-        with storage.patience(_REPORT_S):
+        with (
+            storage.patience(_REPORT_S),
+            Lease.acquire(work.uri, wait=False, pause=_give_up) as lease,
+        ):
             _withdraw(work)
+            lease.confirm()
             write_report(result, _write_manifest(work))
-    except StorageError as failure:  # perhaps what stopped the attempt; that is what is told
+    except (StorageError, RunBusyError, LeaseLostError) as failure:
+        # perhaps what stopped the attempt; that is what is told
         log.warning("no report could be written: %s", failure)
     return result
+
+
+@contextmanager
+def _owned(work: _Work) -> Iterator[Callable[[], None]]:
+    """Within, the dataset is this start's; what confirms that is a place to stop at a signal."""
+    with (
+        signals.deferred(work.config.limits.drain_s),
+        Lease.acquire(work.uri, wait=work.options.wait, pause=signals.pause_or_stop) as lease,
+    ):
+        yield confirming(lease)
+
+
+def _give_up(_: float) -> NoReturn:
+    raise RunBusyError("another start is at the dataset")
 
 
 def _totals(results: Sequence[Result], counted: Counts | None, files: int) -> Totals:
@@ -357,10 +385,10 @@ def _discard(work: _Work) -> None:
     while (feed := read_feed(work.uri, number)) is not None:
         check_not_driven(run_uri(work.uri, feed.run))
         number += 1
-    with Lease.acquire(work.uri, wait=work.options.wait) as lease:
+    with _owned(work) as confirm:
         _withdraw(work)
         discard_feeds(work.uri)
-        lease.confirm()
+        confirm()
         discard_dataset(work.uri)
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,7 +26,7 @@ from jobs.bench.machine import code, machine
 from jobs.bench.measure import BenchError, measure, prepare
 from jobs.bench.results import Measurement, Setting, Store, of_setting, same_work
 from jobs.bench.workloads import WORKLOADS, Workload
-from jobs.cli import Interrupted, raise_interrupted
+from pipeline.children import end_all
 from pipeline.errors import ExitCode, PipelineError
 from pipeline.hardware import gpus
 from pipeline.profile import REPO_ROOT
@@ -55,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, then tell; returns the exit code."""
     arguments = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, raise_interrupted)  # children are ended on the way out
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     console = Console(stderr=True)
     out: Path = arguments.out.absolute()
@@ -72,9 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PipelineError as error:
         console.print(str(error), markup=False, style="red")
         return ExitCode.FAILED
-    except (Interrupted, KeyboardInterrupt):
-        console.print("stopped; the same command goes on with what is left")
-        return ExitCode.INTERRUPTED
     found = store.read()
     report.write(found, out, _DOCS)
     console.print(report.console_table(found))
@@ -82,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         console.print(f"{failed} measurements failed; the same command takes them again")
     return ExitCode.FAILED if failed else ExitCode.DONE
+
+
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Signal handler: end what is being measured, and this process."""
+    os.write(2, b"stopped; the same command goes on with what is left\n")
+    end_all()
+    os._exit(ExitCode.INTERRUPTED)
 
 
 def turns(contenders: Sequence[Contender], rounds: int) -> list[tuple[int, Contender]]:

@@ -13,13 +13,13 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from jobs import signals
 from jobs.batch import run_batch
 from jobs.cli import name_run, run_job
 from jobs.evaluate.config import EvaluateConfig
@@ -93,7 +93,7 @@ def evaluate(
     _stay_offline()
     prompts = load_prompt_format(model_spec(profile))
     benchmarks, feed = _collect(config, prompts)
-    with tempfile.TemporaryDirectory() as folder:
+    with signals.scratch_folder("evaluate-") as folder:
         uri = feed.uri(run_folder)
         if arguments.dry_run and not storage.exists(uri):
             uri = feed.uri(folder)  # a dry run writes nothing where the run will be

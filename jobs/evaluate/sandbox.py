@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.jail import READ_ONLY
+from jobs.signals import scratch_folder
 from pipeline.errors import PipelineError
 from pipeline.hardware import usable_cpus
 
@@ -86,7 +87,7 @@ def check(
     used = {key: problem[key] for key in ("prompt", "test", "entry_point")}
     given = {"completion": completion, "timeout": timeout_s, "landlock": landlock}
     request = json.dumps({"problem": used, **given})
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
+    with scratch_folder("evaluate-") as folder:
         output, errors, status = _run(request.encode(), folder, timeout_s + _GRACE_S)
     lines = output.split(b"\n")
     confined = _parsed(lines[0])

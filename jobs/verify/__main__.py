@@ -83,7 +83,8 @@ def verify_parser(module: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the job; returns the exit code."""
-    return run_job(verify, verify_parser("jobs.verify"), argv)
+    remedy = "the same command starts over"
+    return run_job(verify, verify_parser("jobs.verify"), argv, remedy=remedy)
 
 
 def verify(

@@ -7,8 +7,6 @@ that made them, with the engine as ``run.json`` has it, and the recorded paramet
 from __future__ import annotations
 
 import logging
-import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +17,8 @@ from functools import partial
 
 import pyarrow as pa
 
+from jobs import signals
 from jobs.batch import connected
-from jobs.cli import Interrupted, first_signal
 from jobs.settle import Job, Options, configured_input, flow_spec, renderer_of
 from jobs.verify.asked import Asked, RowKey, as_recorded
 from jobs.verify.choose import Chosen, shards_of_rows
@@ -98,7 +96,7 @@ def _place(out: str | None) -> Iterator[str]:
             storage.delete_all([part.uri for part in parts])
             storage.remove_empty_folders(folder)
         return
-    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
+    with signals.scratch_folder("replay-") as folder:
         yield f"file://{folder}"
 
 
@@ -136,21 +134,13 @@ def _run(job: Job, to: Destination, shards: Sequence[Shard], asked: Mapping[RowK
         prepare=replace(spec.prepare, columns=columns),
         adjust=partial(as_recorded, asked=asked),
     )
-    stopped: list[str] = []
-    told = threading.Event()
-
-    def stop(signal_name: str) -> None:
-        stopped.append(signal_name)
-        told.set()
-
     log.info("replaying %d rows on 1 x %s", len(asked), job.config.engine.profile)
     with connected(job):
         from pipeline.flow import run_shards  # imports ray
 
-        with first_signal(stop):
-            done = sum(1 for _ in run_shards(spec, shards, lambda _: told.is_set()))
-    if stopped:
-        raise Interrupted(f"stopped by {stopped[0]}; the same command starts over")
+        with signals.deferred(spec.drain_s):
+            done = sum(1 for _ in run_shards(spec, shards, lambda _: signals.heard() is not None))
+            signals.check()
     assert done == len(shards)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -45,18 +44,12 @@ def fail(error: BaseException) -> NoReturn:
     raise error
 
 
-def be_terminated() -> NoReturn:
-    os.kill(os.getpid(), signal.SIGTERM)
-    raise AssertionError("still there")
-
-
 @pytest.mark.parametrize(
     ("end", "status", "code", "words"),
     [
         (lambda: fail(RunBusyError("busy")), "failed", 1, "busy"),
         (lambda: fail(CapacityError("too small")), "invalid", 2, "too small"),
         (lambda: fail(KeyError("x")), "failed", 1, "unexpected KeyError"),
-        (be_terminated, "interrupted", 75, "stopped by SIGTERM"),
         # what Ray's handlers do while it starts: they replace the job's own
         (lambda: fail(SystemExit(15)), "interrupted", 75, "stopped by SIGTERM while Ray"),
         (lambda: fail(SystemExit(1)), "interrupted", 75, "stopped by SIGTERM while Ray"),

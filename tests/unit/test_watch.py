@@ -12,13 +12,17 @@ NOW = datetime(2026, 11, 22, 20, 0, tzinfo=UTC)
 
 
 def watch(
-    deadline: datetime | None = None, lost: str | None = None, seen: list[Snapshot] | None = None
+    deadline: datetime | None = None,
+    lost: str | None = None,
+    seen: list[Snapshot] | None = None,
+    signal_name: str | None = None,
 ) -> Watch:
     return Watch(
         max_error_rate=0.01,
         min_rows=500,
         deadline=deadline,
         lease_lost=lambda: lost,
+        interrupted=lambda: signal_name,
         show=(seen if seen is not None else []).append,
         clock=lambda: NOW,
     )
@@ -37,8 +41,7 @@ def test_a_healthy_run_goes_on_and_every_snapshot_is_shown() -> None:
 
 
 def test_a_signal_stops_it_and_says_which() -> None:
-    watched = watch()
-    watched.interrupt("SIGTERM")
+    watched = watch(signal_name="SIGTERM")
     assert watched(snapshot())
     assert watched.stop is not None
     assert watched.stop.reason is Reason.SIGNAL
@@ -58,8 +61,7 @@ def test_a_deadline_in_the_past_is_known_before_anything_starts() -> None:
 
 
 def test_a_lost_lease_comes_before_everything_else_and_the_first_reason_stays() -> None:
-    watched = watch(deadline=NOW, lost="taken over by host-b")
-    watched.interrupt("SIGTERM")
+    watched = watch(deadline=NOW, lost="taken over by host-b", signal_name="SIGTERM")
     assert watched(snapshot())
     assert watched.stop is not None
     assert (watched.stop.reason, watched.stop.message) == (

@@ -24,9 +24,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 def unwind_on_termination() -> None:
-    """Makes SIGTERM and SIGHUP unwind the stack, as Ctrl-C does, so that clean-ups run."""
+    """Makes SIGTERM and SIGHUP unwind the stack, as Ctrl-C does, so that clean-ups run.
+
+    SIGINT does so even where a shell has it ignored, as in its background jobs.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

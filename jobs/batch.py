@@ -433,6 +433,12 @@ class _Parts:
         return earlier.totals()
 
 
+def _signal_name() -> str | None:
+    """Of the signal that was heard."""
+    heard = signals.heard()
+    return None if heard is None else heard.name
+
+
 def _all_parts(run: Run, parts: _Parts) -> Totals:
     """The totals of the whole run.
 

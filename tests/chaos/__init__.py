@@ -9,4 +9,5 @@ victims         finding the processes of a run
 campaign        a run under fire: kill after kill, start after start, to its end
 judge           what was promised against what came out
 run             the command line: ``python -m tests.chaos.run``
+signals         every job, stopped at random moments: ``python -m tests.chaos.signals``
 """

@@ -20,7 +20,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ from pipeline.profile import REPO_ROOT
 from tests import quiz
 from tests.variables import without_ray
 
-_MARK = "SIGNALS_CAMPAIGN"
+MARK = "SIGNALS_CAMPAIGN"
 """The variable by which whatever a job starts is found."""
 _TRACES = ("Traceback", "defect", "SIGABRT", "*** SIG", "terminate called", "Fatal Python error")
 _END_S = 120.0
@@ -106,7 +106,7 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
     """Start the job, send it a signal while it runs, and judge its end; None if it was faster."""
     mark = uuid.uuid4().hex
     log = folder / "stderr"
-    environment = {**without_ray(), **target.variables, _MARK: mark}
+    environment = {**without_ray(), **target.variables, MARK: mark}
     latest = rng.choice((target.seconds, min(target.seconds, _START_S)))
     moment = rng.uniform(0, latest) if latest else None
     number, twice = rng.choice((signal.SIGTERM, signal.SIGINT)), rng.random() < _SECOND
@@ -121,7 +121,7 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
             cwd=REPO_ROOT,
         ) as process,
     ):
-        _wait_until_it_listens(process)
+        wait_until_it_listens(process)
         listens = time.monotonic()
         if moment is not None:
             _sleep_beside(process, moment)
@@ -138,7 +138,10 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
             process.kill()
             stdout, _ = process.communicate()
     ended = time.monotonic()
-    faults = [*judge(process.returncode, stdout, log.read_text(), target), *_left(mark)]
+    faults = [
+        *judge(process.returncode, stdout, log.read_text(), target.finished),
+        *left_running(mark),
+    ]
     if process.returncode in target.finished:
         target.seconds = max(target.seconds, ended - listens)
         target.folder += 1
@@ -154,9 +157,9 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
     )
 
 
-def judge(code: int, stdout: str, stderr: str, target: Target) -> Iterator[str]:
+def judge(code: int, stdout: str, stderr: str, finished: Collection[int]) -> Iterator[str]:
     """What is wrong with the end of a job."""
-    if code not in target.finished | {75}:
+    if code not in {75, *finished}:
         yield f"exit code {code}"
     lines = stdout.splitlines()
     if len(lines) != 1:
@@ -173,7 +176,7 @@ def judge(code: int, stdout: str, stderr: str, target: Target) -> Iterator[str]:
     yield from (f"{word!r} on stderr" for word in _TRACES if word in stderr)
 
 
-def _left(mark: str) -> Iterator[str]:
+def left_running(mark: str) -> Iterator[str]:
     """Processes with this mark that do not end; they are killed."""
     until = time.monotonic() + _GONE_S
     while left := [process for process in psutil.process_iter() if _marked(process, mark)]:
@@ -187,12 +190,12 @@ def _left(mark: str) -> Iterator[str]:
 
 def _marked(process: psutil.Process, mark: str) -> bool:
     try:
-        return f"{_MARK}={mark}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{process.pid}/environ").read_bytes()
     except OSError:
         return False
 
 
-def _wait_until_it_listens(process: subprocess.Popen[str]) -> None:
+def wait_until_it_listens(process: subprocess.Popen[str]) -> None:
     """Python's own start, 50 ms, has no say in what signals do."""
     while process.poll() is None:
         try:

@@ -88,6 +88,10 @@ _TRANSIENT_BOTOCORE = (
 _patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_S)
 _give_up_at: ContextVar[float] = ContextVar("give_up_at", default=float("inf"))
 
+_MOST_SHOWN = 8192  # characters: some errors repeat a whole URL, which may be of any length
+_USER = re.compile(r"(?<=://)[^/\s@\"']*@")
+_QUERY = re.compile(r"(://[^\s\"'?]*+)(?:\?[^\s\"']*)?")  # always matches what it has read
+
 logger = logging.getLogger(__name__)
 
 
@@ -146,8 +150,8 @@ def answer(error: BaseException) -> tuple[int | None, str]:
 
 def describe(error: BaseException) -> str:
     """What happened, in one line that may be logged: URLs lose their user and query."""
-    text = re.sub(r"(?<=://)[^/\s@\"']*@", "", str(error) or type(error).__name__)
-    text = re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text)
+    text = _USER.sub("", (str(error) or type(error).__name__)[:_MOST_SHOWN])
+    text = _QUERY.sub(r"\1", text)
     status, code = answer(error)
     return text if status is None else f"{text} (HTTP {status} {code})"
 

@@ -21,6 +21,8 @@ from pipeline.web import SCHEMES, WebReader, too_large
 
 Fetched = bytes | RowError
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_MOST_URI = 8192
+"""Characters: what servers take, and eight times a key of S3."""
 _ALIASES = {"s3a": "s3", "local": "file"}
 
 
@@ -42,8 +44,11 @@ class ImageFetcher:
         distinct = list(dict.fromkeys(uris))
         if not distinct:
             return {}
-        online = [uri for uri in distinct if self.web is not None and _scheme(uri) in SCHEMES]
-        stored = [uri for uri in distinct if uri not in set(online)]
+        online: list[str] = []
+        stored: list[str] = []
+        for uri in distinct:
+            by_web = self.web is not None and len(uri) <= _MOST_URI and _scheme(uri) in SCHEMES
+            (online if by_web else stored).append(uri)
         targets = {uri: self._target(uri) for uri in stored}
         places = {t: uri for uri, t in targets.items() if isinstance(t, str)}  # by any spelling
         with ThreadPoolExecutor(min(self.concurrency, len(distinct)) + 1) as pool:
@@ -62,6 +67,8 @@ class ImageFetcher:
 
     def _resolve(self, uri: str) -> str:
         """The absolute URI, once it is known to lie inside what may be read."""
+        if len(uri) > _MOST_URI:
+            raise _forbidden(uri, f"it has {len(uri)} characters, above {_MOST_URI}")
         if _CONTROL.search(uri):
             raise _forbidden(uri, "it holds a control character")
         if "::" in uri:  # fsspec takes it for a chain of drivers, each of which reads what it likes

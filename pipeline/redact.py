@@ -25,13 +25,14 @@ _SECRET_NAME = re.compile(
     r"token$|secret|password|passwd|credential|authorization|(?:api|access|private)_?key", re.I
 )
 _MOST_SHOWN = 500  # characters of a URI in a message
+_MOST_READ = 8192  # characters that are looked at for it
 _SHORTEST_SECRET = 8
 """Characters: shorter values of the environment are words that occur by themselves."""
-# Messages quote what strangers wrote, at any length: each pattern takes linear time, as it starts
-# with a fixed text or is bounded.
+# Messages quote what strangers wrote, at any length: each pattern takes linear time. The first two
+# always match what they have read (``++`` gives nothing back), so no character is read twice.
+_USER = re.compile(r"(://)[^\s\"'<>@]*+(@?)")
+_QUERY = re.compile(r"(https?:[^\s\"'<>?#]*+)([?#][^\s\"'<>]++)?", re.I)
 _PATTERNS = (
-    (re.compile(r"(://)(?:[^/\s\"'<>@]*:)?[^\s\"'<>@]{0,500}@"), rf"\1{MASK}@"),
-    (re.compile(r"(https?:[^\s\"'<>?#]*)[?#][^\s\"'<>]+", re.I), rf"\1?{MASK}"),
     (re.compile(r"([?&][^\s\"'<>=&?]+=)[^\s\"'<>&]+"), rf"\1{MASK}"),
     (
         re.compile(
@@ -51,15 +52,17 @@ def redacted_text(text: str, environment: Mapping[str, str] = os.environ) -> str
     """``text`` without what might be a secret; the rest stays to the letter."""
     for secret in _secrets(environment):
         text = text.replace(secret, MASK)
+    text = _USER.sub(lambda found: f"{found[1]}{MASK}@" if found[2] else found[0], text)
+    text = _QUERY.sub(lambda found: f"{found[1]}?{MASK}" if found[2] else found[0], text)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def shown_uri(uri: str) -> str:
-    """A URI that a row brought, as messages quote it: redacted first, then cut, as half a secret
-    looks like none."""
-    return redacted_text(uri[: 2 * _MOST_SHOWN])[:_MOST_SHOWN]
+    """What a row brought, a URI or an error about it, as messages quote it: redacted first, then
+    cut, as half a secret looks like none."""
+    return redacted_text(uri[:_MOST_READ])[:_MOST_SHOWN]
 
 
 def redacted(value: Any, name: str = "") -> Any:

@@ -22,7 +22,7 @@ from tenacity import wait_random_exponential as backoff
 
 from pipeline import faults
 from pipeline.errors import ErrorCode, RowError, StorageUnavailableError
-from pipeline.redact import redacted_text, shown_uri
+from pipeline.redact import shown_uri
 
 if TYPE_CHECKING:
     import aiohttp
@@ -107,16 +107,16 @@ class WebReader:
         except RowError as error:
             return error
         except _RefusedError as error:
-            message = f"image {shown} may not be read: {error}"
-            return RowError(ErrorCode.IMAGE_FORBIDDEN, redacted_text(message))
+            message = f"image {shown} may not be read: {shown_uri(str(error))}"
+            return RowError(ErrorCode.IMAGE_FORBIDDEN, message)
         except FileNotFoundError:
             return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {shown}")
         except TimeoutError:
             message = f"image {shown}: not there within images.timeout_s = {self.timeout_s:g} s"
             return RowError(ErrorCode.IMAGE_FETCH_FAILED, message)
         except (StorageUnavailableError, OSError, ValueError) as error:
-            message = f"image {shown}: {faults.describe(error)}"
-            return RowError(ErrorCode.IMAGE_FETCH_FAILED, redacted_text(message))
+            message = f"image {shown}: {shown_uri(faults.describe(error))}"
+            return RowError(ErrorCode.IMAGE_FETCH_FAILED, message)
 
     async def _patiently(self, session: aiohttp.ClientSession, uri: str) -> bytes:
         """``_follow``, anew after faults that may pass."""

@@ -277,8 +277,23 @@ def test_an_image_is_read_once_whatever_the_spelling_of_its_name(tmp_path: Path)
     assert found["a.png"] == BODY
 
 
-def test_a_megabyte_of_a_name_is_told_in_short(tmp_path: Path) -> None:
-    (found,) = ImageFetcher(f"file://{tmp_path}", LIMIT, 4).fetch(["x" * 1_000_000]).values()
-    assert code(found) is ErrorCode.IMAGE_FETCH_FAILED
+@pytest.mark.parametrize("web", [None, WebReader(("a.example",), 1, LIMIT, 4, anything)])
+@pytest.mark.parametrize("uri", ["https://" + "http:" * 200_000, "x" * 10**6, "x/" * 4097])
+def test_a_uri_above_8_kb_is_refused_at_once_and_not_repeated(
+    uri: str, web: WebReader | None
+) -> None:
+    started = time.thread_time()
+    found = ImageFetcher("s3://in/rows", LIMIT, 4, web=web).fetch([uri])[uri]
+    assert time.thread_time() - started < 10  # the message of a library's error: 40 minutes
+    assert code(found) == ErrorCode.IMAGE_FORBIDDEN
     assert isinstance(found, RowError)
-    assert len(found.message) < 1_000
+    assert f"it has {len(uri)} characters" in found.message
+    assert len(found.message) < 1000
+
+
+def test_an_error_that_repeats_a_long_uri_is_cut() -> None:
+    uri = "https://[" + "http:" * 1000
+    reader = WebReader(("a.example",), 1, LIMIT, 4, anything)
+    found = ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri])[uri]
+    assert isinstance(found, RowError)
+    assert len(found.message) < 1100

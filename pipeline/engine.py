@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -170,6 +171,7 @@ class VLLMEngine:
         self._processes = descendants() - before
         self._experts = _expert_layout(self._llm, spec.engine_args)
         self._renderer = Renderer(self._llm.renderer.render_cmpl)
+        gc.unfreeze()  # an engine that died may be among what was frozen
         gc.collect()
         gc.freeze()  # some 800,000 objects of imports, which no collection need look at again
 
@@ -227,7 +229,8 @@ class VLLMEngine:
                 raise EngineError(f"the engine gave no final output for {request.request_id}")
             # vLLM hands outputs over before it tells of the step, now and then with a pause between
             if not counted.done():
-                await asyncio.wait([counted], timeout=_COUNT_S)
+                with suppress(asyncio.CancelledError):  # the answer is paid for all the same
+                    await asyncio.wait([counted], timeout=_COUNT_S)
         finally:
             self._uncounted.pop(request.request_id, None)
         return final

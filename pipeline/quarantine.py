@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
+from itertools import islice
 from typing import Generic, TypeVar
 
 _DEATHS_TO_CONVICT = 3
@@ -26,7 +27,8 @@ class Quarantine(Generic[K]):
     """The suspects of an engine's death, and the half of them that is being tried."""
 
     def __init__(self) -> None:
-        self._suspects: list[K] = []
+        self._suspects: dict[K, None] = {}
+        """In the order in which they were inside."""
         self._tried: set[K] = set()
         self._deaths: Counter[K] = Counter()
 
@@ -49,23 +51,29 @@ class Quarantine(Generic[K]):
         self._deaths.update(suspects)
         if len(suspects) == 1 and self._deaths[suspects[0]] >= _DEATHS_TO_CONVICT:
             (convicted,) = suspects
-            self._suspects = []
+            self._suspects = {}
             self._forget(convicted)
             return convicted
         if suspects:  # else it died idle: whoever was suspected before still is
-            self._suspects = suspects
+            self._suspects = dict.fromkeys(suspects)
         self._try_next()
         return None
 
-    def ended(self, key: K) -> None:
-        """``key`` finished, failed on its own or was given up: it is no suspect any more."""
+    def ended(self, key: K) -> bool:
+        """``key`` finished, failed on its own or was given up: it is no suspect any more.
+
+        Returns:
+            Whether others may enter now who could not before.
+        """
         self._deaths.pop(key, None)
         if key not in self._suspects:
-            return
-        self._suspects.remove(key)
+            return False
+        del self._suspects[key]
         self._forget(key)
-        if not self._tried:
-            self._try_next()
+        if self._tried:
+            return False
+        self._try_next()
+        return True
 
     def _forget(self, key: K) -> None:
         self._deaths.pop(key, None)
@@ -73,4 +81,4 @@ class Quarantine(Generic[K]):
 
     def _try_next(self) -> None:
         """The first half of the suspects, the larger one if they are odd."""
-        self._tried = set(self._suspects[: (len(self._suspects) + 1) // 2])
+        self._tried = set(islice(self._suspects, (len(self._suspects) + 1) // 2))

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.admission import AdmissionWindow, EngineLoad
@@ -63,6 +64,8 @@ _COMPLETE = ("stop", "length")
 """The finish reasons of a completion; whatever else an engine says is no success."""
 _CHECKS_PER_STALL = 20
 _DRAIN_SLACK_S = 1.0
+_LAST_CHECKS_S = 3.0
+"""What answers get beyond that whose structure is still being checked: they are paid for."""
 _POLL_S = 0.5
 
 T = TypeVar("T")
@@ -196,8 +199,9 @@ class Replica:
         future.add_done_callback(lambda _: work.finish())
         try:
             # After a drain's grace the loop may be busy starting an engine: do not wait for it.
-            while not (work.finished or self._is_drained()):
-                if batch := work.take(self._limits.flush_s, unless=self._is_drained):
+            is_drained = partial(self._is_drained, work)
+            while not (work.finished or is_drained()):
+                if batch := work.take(self._limits.flush_s, unless=is_drained):
                     yield batch
             if batch := work.take(0):
                 yield batch
@@ -239,16 +243,19 @@ class Replica:
     def _wait(self, work: Coroutine[None, None, T], timeout: float | None = None) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run ``work`` as a task that nobody awaits, and hold on to it; call it on the loop."""
         task = self._loop.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
-    def _is_drained(self) -> bool:
+    def _is_drained(self, work: _Work) -> bool:
         """Whether the grace of a drain is over, by a clock that needs no loop."""
-        until = self._drain_until
-        return until is not None and time.monotonic() > until + _DRAIN_SLACK_S
+        if self._drain_until is None:
+            return False
+        slack_s = _DRAIN_SLACK_S + (_LAST_CHECKS_S if work.answered else 0.0)
+        return time.monotonic() > self._drain_until + slack_s
 
     # From here on everything runs on the loop.
 
@@ -257,10 +264,10 @@ class Replica:
         self._spawn(self._watch())
 
     async def _end(self) -> None:
-        for task in [*self._background, *(task for work in self._works for task in work.tasks)]:
+        for task in [*self._background]:
             task.cancel()
         if self._life is not None:
-            self._life.engine.shutdown()
+            self._life.shutdown()
 
     async def _started(self) -> Engine:
         for attempt in range(1, _START_TRIES + 1):
@@ -309,7 +316,7 @@ class Replica:
                 continue
             self._inside += 1
             self._most_inside = max(self._most_inside, self._inside)
-            task = asyncio.create_task(self._sample(key, item, work))
+            task = self._spawn(self._sample(key, item, work))
             work.tasks.add(task)
             task.add_done_callback(work.tasks.discard)
 
@@ -329,7 +336,7 @@ class Replica:
     async def _sample(self, key: Key, item: Prepared, work: _Work) -> None:
         error: Exception | None = None
         try:
-            outcome = await self._outcome(key, item)
+            outcome = await self._outcome(key, item, work)
             if outcome is not None:
                 work.add([outcome])
         except Exception as failure:  # noqa: BLE001 - the shard's thread raises it
@@ -342,7 +349,7 @@ class Replica:
                 work.ended(error)
                 self._pump()
 
-    async def _outcome(self, key: Key, item: Prepared) -> Outcome | None:
+    async def _outcome(self, key: Key, item: Prepared, work: _Work) -> Outcome | None:
         """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
         attempts = failures = 0
         try:
@@ -361,6 +368,7 @@ class Replica:
                         raise
                     log.info("row %d of shard %d is tried again: %s", key[1], key[0], error)
                 else:
+                    work.answer(asyncio.current_task())
                     self._deaths_in_a_row = self._convictions_in_a_row = 0
                     latency_s = time.monotonic() - started
                     self.expert_tokens.add(output.experts)
@@ -388,12 +396,9 @@ class Replica:
 
     async def _leave(self, key: Key) -> None:
         """``key`` is through, one way or another: others may be waiting for that."""
-        if self._quarantine.active:
-            self._quarantine.ended(key)
+        if self._quarantine.ended(key):
             async with self._gate:
                 self._gate.notify_all()
-        else:
-            self._quarantine.ended(key)
 
     def _is_fatal(self, life: _Life, key: Key) -> bool:
         """The engine died with ``key`` inside: is it the one that kills engines?
@@ -419,7 +424,9 @@ class Replica:
 
     async def _restart(self, life: _Life) -> None:
         try:
-            life.engine.shutdown()
+            life.shutdown()
+            if self.draining:  # nobody would enter the next one
+                return
             self._give_up_on_a_broken_engine(life)
             self._take_up(await self._started())
             self.engine_restarts += 1
@@ -461,7 +468,9 @@ class _Work:
 
     flush_rows: int
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    """Of its samples that were let in; on the loop."""
+    """Of its samples that were let in and have no answer yet; on the loop."""
+    answered: set[asyncio.Task[None]] = field(default_factory=set)
+    """Of those whose answer is being checked; on the loop."""
     closed: bool = False
     """Whether its samples are no longer wanted; on the loop."""
     _left: int = 0
@@ -481,6 +490,13 @@ class _Work:
         self._ended = asyncio.get_running_loop().create_future()
         self._check_ended(None)
         return self._ended
+
+    def answer(self, task: asyncio.Task[None] | None) -> None:
+        """A task has its sample's answer, which no drain gives up any more."""
+        assert task is not None
+        self.tasks.discard(task)
+        self.answered.add(task)
+        task.add_done_callback(self.answered.discard)
 
     def ended(self, error: Exception | None) -> None:
         """One more sample has its outcome, or will have none; on the loop."""
@@ -526,13 +542,14 @@ class _Life:
     """One engine from its start to its end."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        self._engine: Engine | None = engine
         self.steps = 0
         """What it has done so far: it stands still only if nothing is done."""
-        self.suspects: tuple[Key, ...] = ()
-        """Who was inside when it ended."""
+        self.suspects: dict[Key, None] = {}
+        """Who was inside when it ended, and had no answer."""
         self.convicted: Key | None = None
-        self.cause: EngineError | None = None
+        self.cause: str | None = None
+        """Why it ended; the exception itself would hold on to the engine by its traceback."""
         self._inside: dict[Key, asyncio.Task[Any]] = {}
 
     @property
@@ -540,11 +557,17 @@ class _Life:
         """Whether requests are inside."""
         return bool(self._inside)
 
+    def shutdown(self) -> None:
+        """Stop the engine, and let go of it: a dead one holds gigabytes."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.shutdown()
+
     def end(self, cause: EngineError) -> None:
         """The engine is dead; everyone inside hears of it."""
         if self.cause is None:
-            self.cause = cause
-            self.suspects = tuple(self._inside)
+            self.cause = str(cause)
+            self.suspects = dict.fromkeys(self._inside)
             for task in self._inside.values():
                 if task is not asyncio.current_task():  # whoever noticed raises it itself
                     task.cancel()
@@ -557,13 +580,15 @@ class _Life:
             EngineError: it died meanwhile.
         """
         if self.cause is not None:
-            raise self.cause
+            raise EngineError(self.cause)
+        engine = self._engine
+        assert engine is not None
         task = asyncio.current_task()
         assert task is not None
         self._inside[key] = task
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                return await self.engine.generate(request)
+                output = await engine.generate(request)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -575,9 +600,11 @@ class _Life:
             if self.cause is None:
                 raise
             task.uncancel()
-            raise self.cause from None
+            raise EngineError(self.cause) from None
         finally:
             self._inside.pop(key, None)
+        self.suspects.pop(key, None)
+        return output
 
 
 def _expected(item: Prepared) -> float:

@@ -7,6 +7,7 @@ core, as the kernel does when memory runs out. Not covered: GPUs, and engines ov
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import psutil
 import pytest
@@ -81,7 +83,7 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
-ENGINES: list[FragileVLLM] = []
+ENGINES: list[ref[FragileVLLM]] = []
 """Those of the module's replica, the last one at work."""
 
 
@@ -90,8 +92,9 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     book = tmp_path_factory.mktemp("book") / "ledger"
 
     def start() -> FragileVLLM:
-        ENGINES.append(start_fragile_vllm(spec(), ledger=book))
-        return ENGINES[-1]
+        engine = start_fragile_vllm(spec(), ledger=book)
+        ENGINES.append(ref(engine))
+        return engine
 
     limits = ReplicaLimits(stall_s=10, flush_s=0.2, row_timeout_s=120)
     replica = Replica(start, limits, AdmissionWindow(8, 8))
@@ -117,6 +120,8 @@ def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
     assert replica.engine_restarts == before + 1
     assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
     assert {outcome.attempts for outcome in outcomes} == {1, 2}
+    gc.collect()
+    assert [engine() is None for engine in ENGINES] == [*[True] * (len(ENGINES) - 1), False]
 
 
 def test_an_image_that_the_engine_core_never_got_is_sent_again(replica: Replica) -> None:
@@ -125,7 +130,10 @@ def test_an_image_that_the_engine_core_never_got_is_sent_again(replica: Replica)
     asked = replace(row(0, tokens=(*b"See", IMAGE_TOKEN), length=8), images=(png(56, 56),))
     before = replica.engine_restarts
     lost = EngineRequest("lost", list(asked.token_ids), asked.images, asked.sampling, seed=0)
-    ENGINES[-1]._renderer._rendered(lost)
+    engine = ENGINES[-1]()
+    assert engine is not None
+    engine._renderer._rendered(lost)
+    del engine
     outcome = generate(replica, [asked])[0]
     assert isinstance(outcome, Completion)
     assert (outcome.code, outcome.attempts, outcome.completion_tokens) == (None, 2, 8)

@@ -562,6 +562,20 @@ def test_a_drained_replica_gives_its_shards_back_undone() -> None:
         assert not pool.working
 
 
+def test_a_replica_that_ends_during_a_drain_gets_no_successor() -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        all_up(cluster, pool)
+        pool.offer("a")
+        list(pool.step(0))
+        pool.draining = True
+        cluster.end(cluster.working[0])
+        list(pool.step(0))
+        list(pool.step(0))
+        assert cluster.working == []
+        assert not pool.working
+
+
 def test_a_dead_replica_does_not_come_back_for_nothing() -> None:
     cluster = FakeCluster(2, ONE_NODE)
     with pool_of(cluster, 2) as pool:

@@ -3,6 +3,7 @@
 The engine is the echo engine; tests/integration/test_engine_death.py kills the real one.
 """
 
+import gc
 import io
 import json
 import re
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 from PIL import Image
@@ -372,6 +374,52 @@ def test_a_drain_does_not_wait_for_an_engine_that_is_being_started() -> None:
     outcomes = [o for batch in replica.generate(0, rows) for o in batch]
     assert time.monotonic() - started < 18
     assert {o.input_row for o in outcomes} >= {0, 1}
+    replica.shutdown()
+
+
+def test_a_drain_keeps_answers_whose_structure_is_still_to_be_checked() -> None:
+    class Drained(EchoEngine):
+        async def generate(self, request: EngineRequest) -> EngineOutput:
+            answer = await super().generate(request)
+            replica.drain(0)
+            return replace(answer, text=json.dumps([*range(300_000)]))
+
+    replica = Replica(Drained, ReplicaLimits(), AdmissionWindow(4, 4))
+    asked = structured({"json": {"type": "array", "items": {"type": "integer"}}})
+    outcomes = [outcome for batch in replica.generate(0, [asked]) for outcome in batch]
+    replica.shutdown()
+    assert [(outcome.input_row, outcome.status) for outcome in outcomes] == [(0, "succeeded")]
+
+
+def test_an_engine_that_dies_during_a_drain_is_not_started_again() -> None:
+    def die() -> None:
+        replica.drain(60)
+        engines.started[0].kill()
+
+    engines = Engines(lambda: PromptedEngine(2, die, delay_s=0.1))
+    replica = Replica(engines, ReplicaLimits(flush_s=0.1), AdmissionWindow(4, 4))
+    started = time.monotonic()
+    assert list(replica.generate(0, [row(0), row(1)])) == []
+    assert time.monotonic() - started < 30
+    replica.shutdown()
+    assert [engine.stopped for engine in engines.started] == [1]
+
+
+def test_nothing_holds_on_to_an_engine_that_died() -> None:
+    started: list[ref[EchoEngine]] = []
+
+    def start() -> EchoEngine:
+        engine = EchoEngine(delay_s=0.01, die_token=KILLER)
+        started.append(ref(engine))
+        return engine
+
+    rows = [row(number, token=KILLER if number == 5 else 1) for number in range(20)]
+    replica = Replica(start, DEFAULTS, AdmissionWindow(8, 8))
+    outcomes = [outcome for batch in replica.generate(0, rows) for outcome in batch]
+    assert len(outcomes) == 20
+    gc.collect()
+    assert len(started) > 2
+    assert [one() is None for one in started[:-1]] == [True] * (len(started) - 1)
     replica.shutdown()
 
 

@@ -14,6 +14,7 @@ import platform
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from pipeline.hardware import hardware
 from pipeline.journal import Journal
 from pipeline.leaving import seconds_left
 from pipeline.plan import Shard
-from pipeline.progress import Tally, tally_of
+from pipeline.progress import RowTally, Tally
 from pipeline.ray_metrics import Exporter
 from pipeline.records import (
     Failure,
@@ -45,6 +46,8 @@ from pipeline.records import (
     carried_columns,
     count_images,
     read_prepared,
+    samples_asked,
+    with_known,
 )
 from pipeline.redact import configure_logging, redacted_text
 from pipeline.replica import Replica, ReplicaLimits
@@ -155,14 +158,15 @@ class ReplicaActor:
             journal = Journal(to, shard)
             cpu = self._replica.cpu
             with cpu.counts(Step.QUEUE):
-                items = read_prepared(block)
+                prepared = read_prepared(block)
             with cpu.counts(Step.JOURNAL):
                 known = {outcome.key: outcome for outcome in journal.read()}
+            items = with_known(prepared, known)
             try:
                 outcomes = self._complete(shard, items, journal, known)
             except EngineError as error:
                 self._end_process(shard, error)
-            if len(outcomes) < len(_keys(items)):
+            if len(outcomes) < len(_keys(items) | known.keys()):
                 return None
             with cpu.counts(Step.COMMIT), metrics.COMMIT_SECONDS.timed():
                 stats = commit_outcomes(
@@ -171,7 +175,8 @@ class ReplicaActor:
                     outcomes,
                     carried_columns(block),
                     seconds=time.monotonic() - started,
-                    known=known.keys() & _keys(items),
+                    known=known.keys(),
+                    samples=samples_asked(items, known.values()),
                     cpu_s=added(block_cpu(block), self._replica.take_cpu()),
                     images=count_images(block),
                     attempt=self._attempt(opened),
@@ -202,12 +207,13 @@ class ReplicaActor:
         known: Mapping[SampleKey, Outcome],
     ) -> list[Outcome]:
         """The shard's outcomes: what is known of them, and the rest as it is generated."""
-        wanted = _keys(items)
-        outcomes = [outcome for key, outcome in known.items() if key in wanted]
-        self._open.count(shard.index, tally_of(outcomes, known=True))
+        wanted = _keys(items) | known.keys()
+        outcomes = [*known.values()]
+        rows = RowTally(Counter(row for row, _ in wanted))
+        self._open.count(shard.index, rows.count(outcomes, known=True))
         for batch in self._replica.generate(shard.index, items, known=known):
             outcomes += batch
-            self._open.count(shard.index, tally_of(batch))
+            self._open.count(shard.index, rows.count(batch))
             if len(outcomes) < len(wanted):
                 with self._replica.cpu.counts(Step.JOURNAL), metrics.JOURNAL_SECONDS.timed():
                     journal.append([outcome for outcome in batch if outcome.attempts])
@@ -227,9 +233,13 @@ class ReplicaActor:
 def _keys(items: Sequence[Prepared | Failure]) -> frozenset[SampleKey]:
     """The records that these rows make."""
     return frozenset(
-        (item.input_row, index)
+        key
         for item in items
-        for index in range(item.sampling.n if isinstance(item, Prepared) else 1)
+        for key in (
+            [(item.input_row, index) for index in range(item.sampling.n)]
+            if isinstance(item, Prepared)
+            else [item.key]
+        )
     )
 
 

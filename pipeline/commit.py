@@ -39,6 +39,7 @@ from pipeline.records import (
     Status,
     part_table,
     read_records,
+    recorded_samples,
     told,
 )
 
@@ -386,10 +387,12 @@ def commit_outcomes(
     engine_tokens: Mapping[str, int] | None = None,
     replica: Mapping[str, str] | None = None,
     experts: PackedLoad | None = None,
+    samples: Mapping[int, int] | None = None,
 ) -> PartStats:
     """Commit the outcomes of one whole shard, with its carried columns in input order.
 
-    ``known`` are those of the outcomes that the journal had; the others go into the stats.
+    ``known`` are those of the outcomes that the journal had, ``samples`` how many each row asks
+    for now, if that is known; the others go into the stats.
 
     Raises:
         AccountingError, StorageError: as ``commit_part``.
@@ -407,8 +410,23 @@ def commit_outcomes(
         replica,
         experts,
     )
+    _check_samples(outcomes, samples or {}, shard)
     table = part_table(shard, outcomes, carried, model=to.model_name)
     return commit_part(to, table, shard, replace(stats, epoch=to.epoch))
+
+
+def _check_samples(outcomes: Sequence[Outcome], samples: Mapping[int, int], shard: Shard) -> None:
+    """Each row that has a completion has a record of each of its samples."""
+    found = Counter(outcome.input_row for outcome in outcomes)
+    for outcome in outcomes:
+        row = outcome.input_row
+        if isinstance(outcome, Completion):
+            asked = samples.get(row) or recorded_samples(outcome)
+            if found[row] < asked:
+                raise AccountingError(
+                    f"shard {shard.index} of {shard.uri}: row {row} has {found[row]} of {asked} "
+                    "samples; nothing was written"
+                )
 
 
 def _check_whole(table: pa.Table, shard: Shard) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline.commit import Destination, commit_outcomes, committed_stats
 from pipeline.journal import Journal
 from pipeline.prepare import PrepareSpec, carried, expired_rows
-from pipeline.records import block_shard
+from pipeline.records import Failure, block_shard, samples_asked, with_known
 
 
 def expire_shard(block: pa.Table, *, to: Destination, prepare: PrepareSpec) -> pa.Table:
@@ -24,9 +24,16 @@ def expire_shard(block: pa.Table, *, to: Destination, prepare: PrepareSpec) -> p
     stats = committed_stats(to, shard)
     if stats is None:
         journal = Journal(to, shard)
-        expired = {row.key: row for row in expired_rows(block, prepare)}
-        known = {outcome.key: outcome for outcome in journal.read() if outcome.key in expired}
-        outcomes = list({**expired, **known}.values())
-        stats = commit_outcomes(to, shard, outcomes, carried(block, prepare.columns), known=known)
+        rows = expired_rows(block, prepare)
+        known = {outcome.key: outcome for outcome in journal.read()}
+        expired = {row.key: row for row in with_known(rows, known) if isinstance(row, Failure)}
+        stats = commit_outcomes(
+            to,
+            shard,
+            list({**expired, **known}.values()),
+            carried(block, prepare.columns),
+            known=known,
+            samples=samples_asked(rows, known.values()),
+        )
         journal.clear()
     return pa.table({"stats": [stats.to_json()]})

@@ -336,10 +336,7 @@ def read_progress(content: bytes) -> Progress | None:
 def _whole(
     about: About, tally: Tally, earlier: Totals | None, result: Result | None
 ) -> dict[str, Any]:
-    """The whole run's numbers: exact once every row is in a part, else what is known.
-
-    While a start goes on, each failed record counts as a failed row.
-    """
+    """The whole run's numbers: exact once every row is in a part, else what is known."""
     total = {"total": about.rows_total}
     if result is not None and result.totals.ended == about.rows_total:
         totals = result.totals
@@ -350,9 +347,8 @@ def _whole(
             "errors": dict(totals.errors),
             "parts_not_counted": 0,
         }
-    failed = min(tally.failed, tally.rows)
     rows = Counter({str(status): 0 for status in Status})
-    rows.update({Status.SUCCEEDED: tally.rows - failed, Status.ERRORED: failed})
+    rows.update({Status.SUCCEEDED: tally.rows - tally.failed, Status.ERRORED: tally.failed})
     tokens = Counter(
         prompt=tally.prompt_tokens,
         completion=tally.tokens,

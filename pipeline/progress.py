@@ -31,7 +31,7 @@ class Tally:
 
     rows: int = 0
     failed: int = 0
-    """Records, of which a row may have several."""
+    """Of ``rows``, those of which a sample errored."""
     tokens: int = 0
     """Completion tokens."""
     prompt_tokens: int = 0
@@ -64,22 +64,41 @@ class Tally:
         )
 
 
-def tally_of(outcomes: Sequence[Outcome], *, known: bool = False) -> Tally:
-    """The tally of ``outcomes``; ``known`` if a journal had them."""
-    completed = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
-    rows = sum(outcome.sample_index == 0 for outcome in outcomes)
-    tokens = sum(outcome.completion_tokens for outcome in completed)
-    return Tally(
-        rows=rows,
-        failed=sum(outcome.status is Status.ERRORED for outcome in outcomes),
-        tokens=tokens,
-        prompt_tokens=sum(outcome.prompt_tokens for outcome in outcomes),
-        cached_tokens=sum(outcome.cached_tokens for outcome in completed),
-        image_tokens=sum(outcome.image_tokens for outcome in outcomes),
-        known_rows=rows if known else 0,
-        known_tokens=tokens if known else 0,
-        errors=dict(Counter(str(o.code) for o in outcomes if o.code is not None)),
-    )
+class RowTally:
+    """Tallies of one shard's outcomes as they come. A row counts once all its samples ended."""
+
+    def __init__(self, samples: Mapping[int, int]) -> None:
+        """``samples`` has, for each row, how many outcomes it will have."""
+        self._left = dict(samples)
+        self._failed: set[int] = set()
+
+    def count(self, outcomes: Sequence[Outcome], *, known: bool = False) -> Tally:
+        """The tally of some more outcomes; ``known`` if a journal had them."""
+        completed = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        ended = self._ended_rows(outcomes)
+        tokens = sum(outcome.completion_tokens for outcome in completed)
+        return Tally(
+            rows=len(ended),
+            failed=len(self._failed.intersection(ended)),
+            tokens=tokens,
+            prompt_tokens=sum(outcome.prompt_tokens for outcome in outcomes),
+            cached_tokens=sum(outcome.cached_tokens for outcome in completed),
+            image_tokens=sum(outcome.image_tokens for outcome in outcomes),
+            known_rows=len(ended) if known else 0,
+            known_tokens=tokens if known else 0,
+            errors=dict(Counter(str(o.code) for o in outcomes if o.code is not None)),
+        )
+
+    def _ended_rows(self, outcomes: Sequence[Outcome]) -> list[int]:
+        ended = []
+        for outcome in outcomes:
+            row = outcome.input_row
+            self._left[row] -= 1
+            if not self._left[row]:
+                ended.append(row)
+            if outcome.status is Status.ERRORED:
+                self._failed.add(row)
+        return ended
 
 
 def _combined_counts(one: Mapping[str, int], other: Mapping[str, int], sign: int) -> dict[str, int]:

@@ -10,10 +10,12 @@ Every block holds exactly one shard. Conversions are lossless and need no schema
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -310,6 +312,62 @@ def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
         _prepared(row, sampling[row["sampling"]]) if row["error_code"] is None else _failure(row)
         for row in rows
     ]
+
+
+def samples_asked(
+    items: Iterable[Prepared | Failure], known: Iterable[Outcome] = ()
+) -> dict[int, int]:
+    """The records that each row makes: its samples, or one if they are not known.
+
+    A row that fails before its parameters are read does not tell its samples; what was ``known``
+    of it before does.
+    """
+    asked: dict[int, int] = {}
+    ready: set[int] = set()
+    for item in items:
+        if isinstance(item, Prepared):
+            asked[item.input_row] = item.sampling.n
+            ready.add(item.input_row)
+        else:
+            asked[item.input_row] = max(asked.get(item.input_row, 1), item.sample_index + 1)
+    for outcome in known:
+        if outcome.input_row not in ready:
+            asked[outcome.input_row] = max(asked[outcome.input_row], recorded_samples(outcome))
+    return asked
+
+
+def with_known(
+    items: Sequence[Prepared | Failure], known: Mapping[SampleKey, Outcome]
+) -> list[Prepared | Failure]:
+    """``items``, whose failures stand for just the samples that are not known.
+
+    A row may fail that was being generated before: what it has is kept, the rest fails.
+    """
+    asked = samples_asked(items, known.values())
+    begun = {row for row, _ in known}
+    return [
+        one
+        for item in items
+        for one in (
+            [
+                replace(item, sample_index=index)
+                for index in range(asked[item.input_row])
+                if (item.input_row, index) not in known
+            ]
+            if isinstance(item, Failure) and item.input_row in begun
+            else [item]
+        )
+    ]
+
+
+def recorded_samples(outcome: Outcome) -> int:
+    """How many samples its row asked for when the record was made; 1 if it does not say."""
+    return _samples_in(outcome.sampling) if outcome.sampling else 1
+
+
+@lru_cache(maxsize=256)
+def _samples_in(sampling: str) -> int:
+    return int(json.loads(sampling).get("n", 1))
 
 
 def count_images(block: pa.Table) -> int:

@@ -35,16 +35,15 @@ class RunMetrics:
     def tell(self, seen: Snapshot, earlier: Totals | None) -> None:
         """What the driver just saw; ``earlier`` are the parts before this start, once known."""
         tally = seen.tally
-        failed = min(tally.failed, tally.rows)
         metrics.DRIVER_LOOKED.set(time.time())
         metrics.REPLICAS_RUNNING.set(seen.running)
         metrics.REPLICA_RESTARTS.set(seen.replica_restarts)
         metrics.ENGINE_RESTARTS.set(seen.engine_restarts)
         metrics.RUN_ROWS.set(self._before + tally.rows, "done")
         errored = earlier.rows[Status.ERRORED] if earlier is not None else 0
-        metrics.RUN_ROWS.set(errored + failed, "errored")
-        self._reach(metrics.ROWS, Status.SUCCEEDED, tally.rows - failed)
-        self._reach(metrics.ROWS, Status.ERRORED, failed)
+        metrics.RUN_ROWS.set(errored + tally.failed, "errored")
+        self._reach(metrics.ROWS, Status.SUCCEEDED, tally.rows - tally.failed)
+        self._reach(metrics.ROWS, Status.ERRORED, tally.failed)
         self._reach(metrics.TOKENS, "prompt", tally.prompt_tokens)
         self._reach(metrics.TOKENS, "completion", tally.tokens)
         self._reach(metrics.TOKENS, "cached", tally.cached_tokens)

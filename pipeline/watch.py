@@ -98,7 +98,6 @@ def is_surely_above(failed: int, ended: int, limit: float, min_rows: int) -> boo
     That is, whether the lower end of its Wilson score interval (E. B. Wilson, 1927) is. A few bad
     rows at the start of a good input must not end a night's run.
     """
-    failed = min(failed, ended)  # samples can fail more often than rows end
     if ended < min_rows or failed <= limit * ended:
         return False  # the interval's end may round to above a rate that is at the limit
     rate, z2 = failed / ended, _SURE**2

@@ -27,6 +27,7 @@ from pipeline.errors import AccountingError, ErrorCode, LeaseLostError, StorageE
 from pipeline.pace import Pace
 from pipeline.plan import InputFile, Shard, make_plan
 from pipeline.records import OUTPUT_SCHEMA, Completion, Failure, Outcome, Status, part_table
+from pipeline.sampling import Sampling
 
 FILE = InputFile("s3://b/a.parquet", 1, "v", 100, 100)
 PLAN = make_plan([FILE], shard_rows=40, shard_bytes=10**6)
@@ -49,6 +50,19 @@ def destination(folder: Path) -> Destination:
 
 def table(shard: Shard, outcomes: list[Outcome]) -> pa.Table:
     return part_table(shard, outcomes, pa.table({"l": range(shard.rows)}), model="m")
+
+
+def test_no_part_lacks_a_sample_of_a_row_that_has_a_completion(tmp_path: Path) -> None:
+    to = destination(tmp_path)
+    asked = Sampling(n=2).as_json
+    row = replace(OUTCOMES[2], sampling=asked)
+    whole = [*OUTCOMES[:2], row, replace(OUTCOMES[3], sampling=asked), OUTCOMES[4]]
+    with pytest.raises(AccountingError, match="row 1 has 1 of 2 samples"):
+        commit_outcomes(to, SHARD, [*whole[:3], whole[4]], CARRIED)
+    with pytest.raises(AccountingError, match="row 0 has 2 of 3 samples"):
+        commit_outcomes(to, SHARD, whole, CARRIED, samples={0: 3})
+    stats = commit_outcomes(to, SHARD, [*whole[:3], whole[4]], CARRIED, samples={1: 1})
+    assert (stats.records, committed_shards(to.output_uri, PLAN)) == (4, {0})
 
 
 def test_stats_count_rows_once_and_sum_over_records() -> None:

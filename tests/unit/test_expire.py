@@ -113,6 +113,19 @@ def test_what_was_journaled_stays_and_the_journal_is_gone(to: Destination) -> No
     assert Journal(to, SHARD).read() == []
 
 
+def test_a_journaled_sample_stays_though_its_row_no_longer_tells_its_samples(
+    to: Destination,
+) -> None:
+    done = Completion(102, "c", 1, "text", "stop", 10, 3, 2, 0, 99, 0.25, sampling='{"n": 3}')
+    Journal(to, SHARD).append([done])
+    records = [record for record in expire(to) if record["custom_id"] == "c"]
+    assert [(r["sample_index"], r["status"]) for r in records] == [
+        (0, "expired"),
+        (1, "succeeded"),
+        (2, "expired"),
+    ]
+
+
 def test_a_part_that_was_committed_in_time_is_left_as_it_is(to: Destination) -> None:
     first = expire(to)
     Journal(to, SHARD).append([Completion(101, "b", 0, "late", "stop", 1, 1, 0, 0, 1, 0.1)])

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from pipeline.errors import ErrorCode
-from pipeline.progress import Pace, ProgressDisplay, Rate, Tally, tally_of
+from pipeline.progress import Pace, ProgressDisplay, Rate, RowTally, Tally
 from pipeline.records import Completion, Failure, Outcome
 
 
@@ -34,7 +34,7 @@ def test_outcomes_are_counted_by_row_and_by_record() -> None:
         completion(0, sample=1, code=ErrorCode.LENGTH),
         Failure(1, "id", ErrorCode.TIMEOUT, "too long", 0, prompt_tokens=7, image_tokens=3),
     ]
-    assert tally_of(outcomes) == Tally(
+    assert RowTally({0: 2, 1: 1}).count(outcomes) == Tally(
         rows=2,
         failed=2,
         tokens=10,
@@ -43,8 +43,17 @@ def test_outcomes_are_counted_by_row_and_by_record() -> None:
         image_tokens=7,
         errors={"length": 1, "timeout": 1},
     )
-    known = tally_of(outcomes, known=True)
+    known = RowTally({0: 2, 1: 1}).count(outcomes, known=True)
     assert (known.rows, known.known_rows, known.known_tokens) == (2, 2, 10)
+
+
+def test_a_row_of_several_samples_fails_once_and_ends_with_its_last_sample() -> None:
+    rows = RowTally({0: 8, 1: 8})
+    seen = Tally()
+    for sample in range(8):
+        seen += rows.count([completion(0, sample, ErrorCode.LENGTH), completion(1, sample)])
+        assert (seen.rows, seen.failed) == ((2, 1) if sample == 7 else (0, 0))
+    assert (seen.errors, seen.tokens) == ({"length": 8}, 80)
 
 
 def test_the_rate_is_of_the_last_minute_and_of_the_time_since_the_first_row() -> None:

@@ -14,6 +14,7 @@ from pipeline.records import (
     Outcome,
     Prepared,
     PromptLogprob,
+    SampleKey,
     Status,
     TokenLogprob,
     ToolCall,
@@ -27,6 +28,8 @@ from pipeline.records import (
     read_prepared,
     read_records,
     record_table,
+    samples_asked,
+    with_known,
 )
 from pipeline.sampling import Sampling
 
@@ -53,6 +56,24 @@ def test_prepared_rows_survive_the_trip_through_arrow() -> None:
     assert read_prepared(block) == [PREPARED, FAILURE]
     assert block_shard(block) == SHARD
     assert carried_columns(block).to_pydict() == {"label": ["x", None]}
+
+
+def test_a_row_that_fails_although_some_of_its_samples_are_known_fails_for_the_others() -> None:
+    asked = Sampling(n=3).as_json
+    known: dict[SampleKey, Outcome] = {
+        (11, index): replace(completion(11, index), sampling=asked) for index in (0, 2)
+    }
+    items = with_known([PREPARED, FAILURE], known)
+    assert items == [PREPARED, replace(FAILURE, sample_index=1)]
+    assert samples_asked([PREPARED, FAILURE], known.values()) == {10: 2, 11: 3}
+    assert with_known([PREPARED, FAILURE], {}) == [PREPARED, FAILURE]
+    known[11, 1] = replace(completion(11, 1), sampling=asked)
+    assert with_known([PREPARED, FAILURE], known) == [PREPARED]
+
+
+def test_a_row_that_is_ready_asks_for_what_it_says_now_whatever_the_journal_says() -> None:
+    known = [replace(completion(10), sampling=Sampling(n=5).as_json)]
+    assert samples_asked([PREPARED], known) == {10: 2}
 
 
 def test_no_column_of_the_users_can_clash_with_ours_in_a_block() -> None:

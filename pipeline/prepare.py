@@ -15,14 +15,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.arrow_types import conformed
 from pipeline.digests import digest_tokens
-from pipeline.errors import ErrorCode, RowError
+from pipeline.errors import ErrorCode, InputError, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
 from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
 from pipeline.openai_input import BatchLine, read_line
-from pipeline.plan import FirstUse
+from pipeline.plan import FirstUse, Shard
 from pipeline.read import InputColumns
 from pipeline.records import (
     Failure,
@@ -199,14 +200,22 @@ def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[
 def carried(block: pa.Table, columns: InputColumns) -> pa.Table:
     """The columns to carry of an input block, in input order."""
     table = input_columns(block).select(columns.carried.names)
-    arrays = [_cast(table.column(field.name), field.type) for field in columns.carried]
+    shard = block_shard(block)
+    arrays = [_conformed(table.column(field.name), field, shard) for field in columns.carried]
     return pa.table(arrays, schema=columns.carried)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    if "list_view" in str(column.type):  # Arrow casts slices of these wrongly, or not at all
-        return pa.chunked_array([pa.array(column.to_pylist(), kind)])
-    return column.cast(kind)
+def _conformed(column: pa.ChunkedArray, field: pa.Field, shard: Shard) -> pa.ChunkedArray:
+    try:
+        return conformed(column, field.type)
+    except pa.ArrowInvalid as error:
+        last = shard.first_row + shard.rows - 1
+        raise InputError(
+            f"{shard.uri}: rows {shard.first_row}-{last} of column {field.name!r} cannot be "
+            f"carried as {field.type} ({error}); leave it out of output.carry, or lower "
+            "limits.shard_rows if they are too large; either with --new-run, as a resume keeps its "
+            "shards"
+        ) from None
 
 
 def _parse(

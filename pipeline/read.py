@@ -8,6 +8,7 @@ only the rows' offsets are held (8 bytes a row), and just a shard's bytes are re
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.arrow_types import coarser_unit, is_list, plain_type, united
 from pipeline.errors import InputError, StorageError
 from pipeline.fetch import input_root
 from pipeline.hive import partition_values
@@ -34,13 +36,8 @@ REQUEST_COLUMNS = ("custom_id", "prompt", "messages", "images", "sampling")
 _NOT_CARRIED = frozenset({"custom_id", "prompt", "messages", "images", "sampling"})
 LINE_COLUMN = "line"
 """The one column of a JSONL row: its bytes."""
-_LISTS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Field], pa.DataType]], ...] = (
-    (pa.types.is_list, pa.list_),
-    (pa.types.is_large_list, pa.large_list),
-    (pa.types.is_list_view, pa.list_),
-    (pa.types.is_large_list_view, pa.large_list),
-)
-"""Kinds of lists, and what each is carried as: views as plain ones, which all of Arrow can cast."""
+_EXTENSION = "ARROW:extension:"
+"""Before the keys of a field's metadata that name its extension type."""
 _FOOTER_THREADS = 16  # footers are small and far away: latency, not CPU
 _SCAN_THREADS = 4  # each holds some chunks of a file, and finds line ends by turns
 _MAGIC_BYTES = 8
@@ -57,8 +54,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_list_of(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
-    is_list = pa.types.is_fixed_size_list(kind) or any(is_a(kind) for is_a, _ in _LISTS)
-    return is_list and (pa.types.is_null(kind.value_type) or is_item(kind.value_type))
+    return is_list(kind) and (pa.types.is_null(kind.value_type) or is_item(kind.value_type))
 
 
 def _is_object(kind: pa.DataType) -> bool:
@@ -397,8 +393,8 @@ def _with_partition(
 def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema, Extents]:
     try:
         with storage.open_input(entry.uri) as handle:
-            metadata = pq.read_metadata(handle)
-            schema = metadata.schema.to_arrow_schema()
+            parquet = pq.ParquetFile(handle)
+            metadata, schema = parquet.metadata, parquet.schema_arrow
     except (FileNotFoundError, StorageError, pa.ArrowException) as error:
         what = _told_content(entry.uri) or f"is not a readable Parquet file: {error}"
         raise InputError(f"{entry.uri}: {what}.") from None
@@ -449,36 +445,72 @@ def _settle_columns(
                 f"{uri}: has a column {extra[0]!r} that {first_uri} lacks; set output.carry to "
                 "columns that every file has."
             )
-        for column in names:
-            _check_carried(uri, schema, first_uri, first, column)
-    carried = pa.schema([_carried_field(first.field(column)) for column in names])
+    carried = pa.schema([_carried_field(column, schemas) for column in names])
     return InputColumns(request, carried)
 
 
-def _carried_field(field: pa.Field) -> pa.Field:
-    """Nullable, as another file may hold nulls."""
-    return pa.field(field.name, _carried_type(field.type), nullable=True)
+def _carried_field(column: str, schemas: Mapping[str, pa.Schema]) -> pa.Field:
+    """One field that holds the values of all files; nullable, as another file may hold nulls."""
+    fields: dict[tuple[pa.DataType, bytes], str] = {}
+    for uri, schema in schemas.items():
+        if column not in schema.names:
+            raise InputError(
+                f"{uri}: has no column {column!r} to carry; set output.carry to columns that "
+                "every file has."
+            )
+        field = schema.field(column)
+        fields.setdefault((field.type, _extension(field)), uri)
+    (kind, extension), first_uri = next(iter(fields.items()))
+    kind = plain_type(first := kind)
+    for (other, _), uri in fields.items():
+        wider = united(kind, other)
+        if wider is None:
+            raise InputError(
+                f"{uri}: column {column!r} is {other}, but {first} in {first_uri}; no type holds "
+                "the values of both as they are: cast one of them, or leave the column out of "
+                "output.carry."
+            )
+        kind = wider
+    _check_units(column, kind, schemas)
+    is_one = len({each for _, each in fields}) == 1
+    metadata = json.loads(extension) if is_one else None
+    return pa.field(column, kind, nullable=True, metadata=metadata or None)
 
 
-def _carried_type(kind: pa.DataType) -> pa.DataType:
-    """``kind`` without what varies by writer, at any depth: plain strings and bytes for views of
-    them, which ``take`` cannot do, and one width of dictionary indices, which pandas chooses by
-    the number of categories."""
-    if kind in (pa.string_view(), pa.binary_view()):
-        return pa.string() if kind == pa.string_view() else pa.binary()
-    if pa.types.is_dictionary(kind):
-        return pa.dictionary(pa.int32(), _carried_type(kind.value_type), kind.ordered)
-    if pa.types.is_struct(kind):
-        return pa.struct([each.with_type(_carried_type(each.type)) for each in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_carried_type(kind.key_type), _carried_type(kind.item_type))
-    if pa.types.is_fixed_size_list(kind):
-        item = kind.value_field.with_type(_carried_type(kind.value_type))
-        return pa.list_(item, kind.list_size)
-    for is_list, make in _LISTS:
-        if is_list(kind):
-            return make(kind.value_field.with_type(_carried_type(kind.value_type)))
-    return kind
+def _extension(field: pa.Field) -> bytes:
+    """What names the extension type of a field, where this process does not know it."""
+    metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+    named = {key: value for key, value in metadata.items() if key.startswith(_EXTENSION)}
+    return json.dumps(named).encode()
+
+
+def _check_units(column: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]) -> None:
+    """Refuse a file whose times may lie outside of what the finer unit of another file holds."""
+    for uri, schema in schemas.items():
+        found = schema.field(column).type
+        factor = coarser_unit(found, kind)
+        if factor > 1 and not _within(uri, column, (2**63 - 1) // factor):
+            raise InputError(
+                f"{uri}: column {column!r} is {found}, and {kind} in another file, which may not "
+                f"hold its values; cast one of them, or leave the column out of output.carry."
+            )
+
+
+def _within(uri: str, column: str, limit: int) -> bool:
+    """Whether a file's statistics say that no value is beyond ``limit``, on either side."""
+    with storage.open_input(uri) as handle:
+        metadata = pq.read_metadata(handle)
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(n) for group in groups for n in range(group.num_columns))
+    found = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
+    return all(
+        each is not None
+        and (
+            each.null_count == each.num_values + each.null_count != 0
+            or (each.has_min_max and max(abs(each.min_raw), abs(each.max_raw)) <= limit)
+        )
+        for each in found
+    )
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:
@@ -525,19 +557,3 @@ def _may_be(ours: str, kind: pa.DataType) -> bool:
     """Whether some value of type ``kind`` is a good one for the request column ``ours``."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_null(plain) or _REQUEST_TYPES[ours][0](plain)
-
-
-def _check_carried(
-    uri: str, schema: pa.Schema, first_uri: str, first: pa.Schema, column: str
-) -> None:
-    if column not in first.names or column not in schema.names:
-        missing = first_uri if column not in first.names else uri
-        raise InputError(
-            f"{missing}: has no column {column!r} to carry; set output.carry to columns that "
-            "every file has."
-        )
-    if _carried_type(schema.field(column).type) != _carried_type(first.field(column).type):
-        raise InputError(
-            f"{uri}: column {column!r} is {schema.field(column).type}, but "
-            f"{first.field(column).type} in {first_uri}; carried columns need one type."
-        )

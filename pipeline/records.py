@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow_types import conformed, large_type
 from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
 from pipeline.redact import redacted_text
@@ -392,8 +393,9 @@ def input_columns(block: pa.Table) -> pa.Table:
 
 def _from_struct(chunked: pa.ChunkedArray) -> pa.Table:
     struct = _one_array(chunked)
-    names = [field.name for field in struct.type]
-    return pa.table({name: struct.field(i) for i, name in enumerate(names)})
+    fields = list(struct.type)
+    columns = [struct.field(number) for number in range(len(fields))]
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def part_table(
@@ -405,7 +407,8 @@ def part_table(
     positions = pa.array([outcome.input_row - shard.first_row for outcome in ordered], pa.int64())
     taken = carried.take(positions) if carried.num_columns else carried
     for source, output in carried_names(carried.column_names).items():
-        table = table.append_column(output, taken.column(source))
+        field = taken.schema.field(source).with_name(output)
+        table = table.append_column(field, taken.column(source))
     return table
 
 
@@ -565,15 +568,16 @@ def _to_struct(table: pa.Table, rows: int) -> pa.Array:
     if table.num_columns == 0:
         return pa.array([{}] * rows, pa.struct([]))
     columns = [_one_array(column) for column in table.columns]
-    return pa.StructArray.from_arrays(columns, fields=list(table.schema))
+    fields = [
+        field.with_type(column.type) for field, column in zip(table.schema, columns, strict=True)
+    ]
+    return pa.StructArray.from_arrays(columns, fields=fields)
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
     if column.num_chunks == 1:
         return column.chunk(0)  # combining would copy the images
-    combined = column.combine_chunks()
-    if isinstance(combined, pa.ChunkedArray):
-        if combined.num_chunks != 1:
-            raise ValueError("a column of one shard exceeds Arrow's 2 GiB; lower limits.shard_rows")
-        return combined.chunk(0)
-    return combined
+    try:
+        return column.combine_chunks()
+    except pa.ArrowInvalid:  # more than 2 GiB of text or bytes
+        return conformed(column, large_type(column.type)).combine_chunks()

@@ -85,6 +85,9 @@ class EngineOutput:
     """Of the completion's tokens (see ``digests``); None: not known."""
     prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
     """One per token of the prompt, if asked for; None for the first."""
+    stop_reason: str | None = None
+    """The stop string or the id of the stop token that ended it; None: the model's own end, or the
+    limit."""
     experts: ExpertLoad | None = None
     """Which experts its tokens were sent to; None: the engine does not tell."""
 
@@ -406,18 +409,11 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
+        **sampling.for_engine,
         max_tokens=sampling.max_completion_tokens,
         stop=list(sampling.stop),
         seed=seed,
         logit_bias=dict(sampling.logit_bias) or None,
-        logprobs=sampling.logprobs,
         prompt_logprobs=0 if sampling.prompt_logprobs else None,  # 0: of the token itself
         structured_outputs=_structured_outputs(sampling.structure),
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -458,6 +454,7 @@ def _output(
     return EngineOutput(
         text=sample.text,
         finish_reason=str(sample.finish_reason),
+        stop_reason=None if sample.stop_reason is None else str(sample.stop_reason),
         prompt_tokens=len(result.prompt_token_ids or ()),
         completion_tokens=len(sample.token_ids),
         cached_tokens=cached,

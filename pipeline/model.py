@@ -205,8 +205,8 @@ class PromptFormat:
                 f"prompt: token id {strange} is not within the vocabulary's {self.vocab_size}",
             )
 
-    def check_token_ids(self, token_ids: Iterable[int]) -> None:
-        """Refuse ids, of ``logit_bias``, that the model does not know.
+    def check_token_ids(self, token_ids: Iterable[int], parameter: str) -> None:
+        """Refuse ids, of a request's ``parameter``, that the model does not know.
 
         Raises:
             RowError: ``invalid_parameter``.
@@ -215,7 +215,7 @@ class PromptFormat:
         if beyond >= self.vocab_size:
             raise RowError(
                 ErrorCode.INVALID_PARAMETER,
-                f"logit_bias: token id {beyond} is not below the vocabulary's {self.vocab_size}",
+                f"{parameter}: token id {beyond} is not below the vocabulary's {self.vocab_size}",
             )
 
     def _check_tools(

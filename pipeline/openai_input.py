@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from pipeline.errors import ErrorCode, RowError
 from pipeline.messages import Chat, RawPrompt, parse_chat, parse_raw_prompt
-from pipeline.sampling import is_utf8
+from pipeline.sampling import REMEDIES, is_utf8
 
 URL_COLUMN = "url"
 """The carried column of JSONL runs: which endpoint a row is for."""
@@ -24,18 +24,31 @@ URL_COLUMN = "url"
 _NEUTRAL = frozenset(
     {
         *("user", "safety_identifier", "metadata", "store"),
-        *("service_tier", "prompt_cache_key", "prompt_cache_retention"),
+        *("service_tier", "prompt_cache_key", "prompt_cache_retention", "stream_options"),
+        *("request_id", "session_id", "cache_salt", "priority"),
     }
 )
 """Body keys that change nothing of the completion: who asks, what is kept, how it is paid."""
-_ONLY: Mapping[str, Any] = {"stream": False, "echo": False, "best_of": 1, "modalities": ["text"]}
+_ONLY: Mapping[str, Any] = {
+    "stream": False,
+    "echo": False,
+    "best_of": 1,
+    "modalities": ["text"],
+    "use_beam_search": False,
+    "include_reasoning": True,
+    "spaces_between_special_tokens": True,
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "chat_template_kwargs": {},
+    "reasoning_effort": "none",
+}
 """Body keys that are fine with the one value that asks for what a batch does anyway."""
 _CHAT_ONLY = ("tools", "tool_choice", "parallel_tool_calls", "top_logprobs")
 """Body keys that a raw prompt has no use for."""
 
 
 _V1 = "/v1"
-_REMEDIES = {
+_URL_REMEDIES = {
     "/responses": "give body.input as body.messages, body.instructions as their system message",
     "/embeddings": "this program generates text only",
 }
@@ -116,7 +129,7 @@ class BatchLine:
         url = _required(self.document, "url")
         if self.endpoint is None:
             known = " or ".join(Endpoint)
-            remedy = _REMEDIES.get(str(url).removeprefix(_V1))
+            remedy = _URL_REMEDIES.get(str(url).removeprefix(_V1))
             wrong = f"url = {url!r}: must be {known}"
             raise RowError(ErrorCode.INVALID_URL, f"{wrong}; {remedy}" if remedy else wrong)
 
@@ -153,7 +166,8 @@ def _parameters(body: Mapping[str, Any], taken: Collection[str]) -> dict[str, An
     for key, value in _ONLY.items():
         found = body.get(key)
         if found is not None and (found != value or type(found) is not type(value)):
-            raise _invalid_parameter(f"{key} = {found!r}: only {value!r} is supported")
+            wrong = f"{key} = {found!r}: only {value!r} is supported"
+            raise _invalid_parameter(f"{wrong}; {REMEDIES[key]}" if key in REMEDIES else wrong)
     left_out = {*taken, *_NEUTRAL, *_ONLY}
     return {key: value for key, value in body.items() if key not in left_out and value is not None}
 

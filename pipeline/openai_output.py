@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.commit import Destination, part_uri
 from pipeline.errors import ErrorCode, StorageError
 from pipeline.openai_input import URL_COLUMN, Endpoint
 from pipeline.records import Status
+from pipeline.sampling import Sampling
 from pipeline.tools import Choice
 
 OPENAI_FILES = ("output.jsonl", "errors.jsonl")
@@ -195,13 +197,28 @@ def _chat_choice(record: Record) -> dict[str, Any]:
         "message": message,
         "logprobs": None if logprobs is None else {"content": _chat_logprobs(logprobs)},
         "finish_reason": _finish_reason(record) if calls else record["finish_reason"],
+        "stop_reason": _stop_reason(record),
     }
 
 
 def _finish_reason(record: Record) -> str:
     """Of a choice with calls. One that had to call a named tool just stops, as OpenAI's do."""
-    use = json.loads(record["sampling"] or "{}").get("tool_use") or {}
-    return str(record["finish_reason"]) if use.get("choice") == Choice.NAMED else "tool_calls"
+    use = _asked(record["sampling"]).tool_use
+    named = use is not None and use.choice is Choice.NAMED
+    return str(record["finish_reason"]) if named else "tool_calls"
+
+
+def _stop_reason(record: Record) -> str | int | None:
+    """As vLLM has it beside OpenAI's keys: the stop string, or the id of the stop token."""
+    found: str | None = record.get("stop_reason")
+    if found is None or found in _asked(record["sampling"]).stop:
+        return found
+    return int(found)
+
+
+@lru_cache(maxsize=64)
+def _asked(sampling: str | None) -> Sampling:
+    return Sampling.model_validate_json(sampling or "{}")
 
 
 def _tool_call(call: Record) -> dict[str, Any]:
@@ -231,6 +248,7 @@ def _completion_choice(record: Record) -> dict[str, Any]:
         "text": record["text"],
         "logprobs": None if logprobs is None else _completion_logprobs(logprobs),
         "finish_reason": record["finish_reason"],
+        "stop_reason": _stop_reason(record),
         **_prompt_logprobs(record),
     }
 

@@ -43,14 +43,14 @@ from pipeline.sampling import (
     resolve,
     without_nulls,
 )
-from pipeline.seeds import derive_seed
+from pipeline.seeds import derive_seed, sample_seed
 from pipeline.template import ROW_PREFIX, Renderer
 from pipeline.values import Unreadable, rows_of
 
 log = logging.getLogger(__name__)
 
 _MAX_IMAGES = 999  # vLLM's own default
-_SEED_LIMIT = 2**63  # engines take signed 64-bit seeds, ours are never negative
+_NO_SEED = -1  # as in vLLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,8 @@ def _render(
     item: _Parsed, fetched: Mapping[str, Fetched], prompts: PromptFormat, spec: PrepareSpec
 ) -> _Rendered | Failure:
     try:
-        prompts.check_token_ids(item.sampling.logit_bias)
+        prompts.check_token_ids(item.sampling.logit_bias, "logit_bias")
+        prompts.check_token_ids(item.sampling.stop_token_ids, "stop_token_ids")
         images = tuple(_image(source, fetched, spec) for source in item.chat.images)
         if isinstance(item.chat, RawPrompt):
             prompts.check_size(item.chat.text)
@@ -345,7 +346,7 @@ def _prepare(
     item, images = rendered.parsed, rendered.images
     image_tokens = prompt_tokens = 0  # a failure tells what was counted until then
     try:
-        token_ids = _checked_ids(ids)
+        token_ids = _truncated(_checked_ids(ids), item, prompts.max_model_len)
         image_tokens = _count_image_tokens(images, token_ids, prompts, spec)
         prompt_tokens = len(token_ids) - len(images) + image_tokens
         _check_length(prompt_tokens, prompts.max_model_len)
@@ -370,6 +371,19 @@ def _checked_ids(ids: list[int] | Exception) -> list[int]:
     return ids
 
 
+def _truncated(token_ids: list[int], item: _Parsed, max_model_len: int) -> list[int]:
+    """The last tokens of the prompt, as many as the row asks for."""
+    most = item.sampling.truncate_prompt_tokens
+    if most is None:
+        return token_ids
+    if item.chat.images:
+        raise RowError(
+            ErrorCode.INVALID_PARAMETER,
+            "truncate_prompt_tokens: is for prompts without images, which it could cut in two",
+        )
+    return token_ids[-(max_model_len - 1 if most == -1 else most) :]
+
+
 def _failure(
     item: _Parsed, error: Exception, *, prompt_tokens: int = 0, image_tokens: int = 0
 ) -> Failure:
@@ -389,9 +403,9 @@ def _failure(
 def _seeds(custom_id: str, own: int | None, samples: int, spec: PrepareSpec) -> tuple[int, ...]:
     """One seed per sample: the row's ``own`` plus the sample's index, else derived."""
     own = spec.sampling.seed if own is None else own
-    if own is None:
+    if own is None or own == _NO_SEED:
         return tuple(derive_seed(spec.run_seed, custom_id, i) for i in range(samples))
-    return tuple((own + i) % _SEED_LIMIT for i in range(samples))
+    return tuple(sample_seed(own, i) for i in range(samples))
 
 
 def _image(source: bytes | str, fetched: Mapping[str, Fetched], spec: PrepareSpec) -> bytes:

@@ -163,6 +163,8 @@ class Completion:
     """Of the prompt's tokens and images (see ``digests``)."""
     completion_digest: str | None = None
     """Of the completion's tokens; None: the engine does not tell them."""
+    stop_reason: str | None = None
+    """The stop string, or the id of the stop token, that ended it."""
 
     @property
     def status(self) -> Status:
@@ -217,6 +219,7 @@ OUTPUT_SCHEMA = pa.schema(
         ("prompt_digest", pa.string()),
         ("completion_digest", pa.string()),
         ("prompt_logprobs", _PROMPT_LOGPROBS_TYPE),
+        ("stop_reason", pa.string()),
     ]
 )
 
@@ -421,7 +424,7 @@ def record_table(shard: Shard, outcomes: Iterable[Outcome], *, model: str) -> pa
 def read_records(table: pa.Table) -> list[Outcome]:
     """The inverse of ``record_table``; columns beyond ``OUTPUT_SCHEMA`` are left out."""
     present = set(table.column_names)
-    names = [name for name in OUTPUT_SCHEMA.names if name in present or name not in _ADDED_LATER]
+    names = [name for name in OUTPUT_SCHEMA.names if name in present or name not in ADDED_LATER]
     return [_outcome(record) for record in table.select(names).to_pylist()]
 
 
@@ -492,10 +495,13 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "error_message": outcome.message and told(outcome.message),
         "prompt_digest": outcome.prompt_digest,
         "completion_digest": outcome.completion_digest,
+        "stop_reason": outcome.stop_reason,
     }
 
 
-_ADDED_LATER = frozenset({"finished_at", "prompt_digest", "completion_digest", "prompt_logprobs"})
+ADDED_LATER = frozenset(
+    {"finished_at", "prompt_digest", "completion_digest", "prompt_logprobs", "stop_reason"}
+)
 """Columns that records of runs that began earlier may lack."""
 _SHARED_FIELDS = (
     *("input_row", "custom_id", "sample_index", "seed", "attempts", "prompt_tokens"),
@@ -517,6 +523,7 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         **{name: record[name] for name in _COMPLETION_FIELDS},
         prompt_digest=record.get("prompt_digest"),
         completion_digest=record.get("completion_digest"),
+        stop_reason=record.get("stop_reason"),
         logprobs=_logprobs(record["logprobs"]),
         prompt_logprobs=_prompt_logprobs(record.get("prompt_logprobs")),
         tool_calls=tuple(ToolCall(**call) for call in record["tool_calls"] or ()),

@@ -705,6 +705,7 @@ def _completion(
         finished_at=_now(),
         prompt_digest=item.digest,
         completion_digest=output.completion_digest,
+        stop_reason=output.stop_reason,
     )
 
 

@@ -376,7 +376,7 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "input.template": config["input"].get("template"),
         "output.carry": config["output"]["carry"],
         "seed": config["seed"],
-        "sampling": config["sampling"],
+        "sampling": {key: given for key, given in config["sampling"].items() if given is not None},
         "model": _model_identity(manifest["model"]),
     }
 
@@ -537,7 +537,7 @@ def _is_manifest(document: Mapping[str, Any]) -> bool:
     try:
         _identity(document)
         return isinstance(document["input"], Mapping) and "name" in document["model"]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return False
 
 

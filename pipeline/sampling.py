@@ -6,6 +6,10 @@ this version cannot honour is an error, never ignored.
 
 Parquet has no good type for nested parameters (``response_format``, ``tools``, ...): inside a
 struct, each of them may be a JSON string as well.
+
+``SamplingDefaults`` is the table of what may be asked for, ``Sampling`` of what is recorded and
+handed to the engine. A parameter that vLLM takes as it is stands in both by vLLM's name, and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import logging
 import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
-from typing import Annotated, Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -33,9 +39,23 @@ from pipeline.tools import ToolChoice, ToolUse, check_tools, tool_structure, too
 log = logging.getLogger(__name__)
 
 _MAX_TOKENS = 2**31 - 1  # far above any context; engines count in 32 or 64 bits
-_MAX_STOPS = 4  # OpenAI's limit
+_MAX_STOPS = 32  # OpenAI and vLLM's server stop at 4, vLLM itself nowhere
+_MAX_BAD_WORDS = 128  # vLLM's limit
+_MAX_STOP_TOKENS = 1_000
 _MAX_QUOTED = 200  # characters of a value in an error
 DEFAULT_COMPLETION_TOKENS = 256  # vLLM's own default, 16, surprises everyone
+
+
+def _own_tokens(value: Any) -> Any:
+    """vLLM's number of likeliest tokens beside each of the prompt: 0 is what ``true`` asks for."""
+    if type(value) is int:
+        if value != 0:
+            raise ValueError("give true (or 0): only the prompt's own tokens are returned")
+        return True
+    return value
+
+
+TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKENS)]
 
 
 class SamplingDefaults(BaseModel):
@@ -64,9 +84,28 @@ class SamplingDefaults(BaseModel):
     max_tokens: Annotated[int | None, Field(ge=1, le=_MAX_TOKENS)] = None
     """Deprecated name of max_completion_tokens."""
     stop: str | list[str] | None = None
-    """Up to 4 strings that end the completion; they are not part of it."""
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    """The row's own seed, instead of a derived one; samples after the first add their index."""
+    """Up to 32 strings that end the completion; they are not part of it."""
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=_MAX_STOP_TOKENS)] = None
+    """Tokens that end the completion, beside the model's own."""
+    include_stop_str_in_output: bool | None = None
+    """Whether the text keeps what ended it. Default false."""
+    ignore_eos: bool | None = None
+    """Whether to go on after the model's end-of-turn tokens. Default false."""
+    min_tokens: Annotated[int | None, Field(ge=0, le=_MAX_TOKENS)] = None
+    """Fewest tokens generated. Default 0."""
+    bad_words: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_BAD_WORDS)]
+        | None
+    ) = None
+    """Words that must not be generated."""
+    skip_special_tokens: bool | None = None
+    """Whether the text leaves special tokens out. Default true."""
+    truncate_prompt_tokens: Annotated[int | None, Field(ge=-1, le=_MAX_TOKENS)] = None
+    """Most tokens of the prompt, of which the last ones are kept; -1 = as many as fit. Default: a
+    prompt that does not fit is an error."""
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    """The row's own seed, instead of a derived one; samples after the first add their index. -1 is
+    none."""
     n: Annotated[int | None, Field(ge=1, le=128)] = None
     """Completions per row, one record each. Default 1."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
@@ -75,7 +114,7 @@ class SamplingDefaults(BaseModel):
     """Whether to return the log probability of each token of the completion. Default false."""
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     """Likeliest tokens returned beside each; wants logprobs: true. Default 0."""
-    prompt_logprobs: bool | None = None
+    prompt_logprobs: Annotated[bool | None, BeforeValidator(_own_tokens)] = None
     """Whether to return the log probability and rank of each token of the prompt. Default false."""
     response_format: ResponseFormat | None = None
     """OpenAI's: any text, a JSON object, or JSON that fits a schema."""
@@ -96,9 +135,11 @@ class SamplingDefaults(BaseModel):
             raise ValueError("stop: an empty string is not allowed")
         if any(not is_utf8(text) for text in self.stop_list):
             raise ValueError("stop: a lone surrogate is not allowed")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens = 0: would leave nothing of the prompt")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or the deprecated max_tokens, not both")
-        if self.top_logprobs is not None and self.logprobs is False:
+        if self.top_logprobs and self.logprobs is False:
             raise ValueError("top_logprobs wants logprobs: true")
         if self.response_format is not None and self.structured_outputs is not None:
             raise ValueError("give response_format or structured_outputs, not both")
@@ -121,16 +162,38 @@ class SamplingDefaults(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_WHOLE_NUMBERS = frozenset(
-    {"top_k", "max_completion_tokens", "max_tokens", "seed", "n", "top_logprobs"}
+def _types(name: str) -> tuple[Any, ...]:
+    """The alternatives that a parameter's type has."""
+    return get_args(SamplingDefaults.model_fields[name].annotation)
+
+
+_WHOLE_NUMBERS = frozenset(name for name in SamplingDefaults.model_fields if int in _types(name))
+_NESTED = frozenset(
+    name
+    for name in SamplingDefaults.model_fields
+    if str not in _types(name) and set(_types(name)) - {bool, int, float, NoneType}
 )
-_NESTED = frozenset({"logit_bias", "response_format", "structured_outputs", "tools"})
+"""Parameters that may be a JSON string instead: their type has more than one value inside."""
 _TOKEN_ID = re.compile(r"\d{1,9}", re.ASCII)
-_RESOLVED_APART: set[str] = {
-    *("seed", "stop", "max_tokens", "logprobs", "top_logprobs"),
-    *("tool_choice", "parallel_tool_calls"),
-    *_NESTED,
+REMEDIES = {
+    **dict.fromkeys(
+        ("continue_final_message", "add_generation_prompt", "chat_template_kwargs"),
+        "render the chat yourself, and give the text as a raw prompt to /v1/completions",
+    ),
+    "chat_template": "put it into the model's folder",
+    "reasoning_effort": "say it in the system message, if the model's template reads it there",
+    "functions": "give tools",
+    "function_call": "give tool_choice",
+    "max_new_tokens": "give max_completion_tokens",
+    "stop_sequences": "give stop",
+    "do_sample": "give temperature: 0 for greedy",
+    **{
+        f"guided_{kind}": f"give structured_outputs: {{{kind}: ...}}"
+        for kind in ("json", "regex", "choice", "grammar")
+    },
+    "structural_tag": "give a JSON schema, a regex or a grammar",
 }
+"""What to do about parameters that other programs have."""
 
 
 class Sampling(BaseModel):
@@ -147,6 +210,13 @@ class Sampling(BaseModel):
     repetition_penalty: float = 1.0
     max_completion_tokens: int = DEFAULT_COMPLETION_TOKENS
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    bad_words: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
     n: int = 1
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
@@ -158,9 +228,27 @@ class Sampling(BaseModel):
     """How tool calls are read from the completion; None: it is text."""
 
     @cached_property
+    def for_engine(self) -> dict[str, Any]:
+        """The parameters that vLLM takes by their names here."""
+        return {name: getattr(self, name) for name in _SAME_FOR_ENGINE}
+
+    @cached_property
     def as_json(self) -> str:
         """As records carry it; many rows share one object, and so this text."""
         return self.model_dump_json()
+
+
+_SAME_FOR_ENGINE = tuple(
+    name
+    for name in Sampling.model_fields
+    if name
+    not in {
+        *("max_completion_tokens", "n", "stop", "logit_bias", "prompt_logprobs"),
+        *("truncate_prompt_tokens", "structure", "tool_use"),
+    }
+)
+_MERGED = set(SamplingDefaults.model_fields) & set(Sampling.model_fields) - {"stop", "logprobs"}
+"""Parameters whose resolved value is simply the one that was given last."""
 
 
 def parse_row_sampling(value: Any) -> SamplingDefaults:
@@ -204,36 +292,39 @@ def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
     """
     merged: dict[str, Any] = {}
     for source in (defaults, row):
-        given = source.model_dump(exclude_none=True, exclude=_RESOLVED_APART)
+        given = source.model_dump(exclude_none=True, include=_MERGED)
         if source.max_tokens is not None:
             _warn_of_max_tokens()
             given["max_completion_tokens"] = source.max_tokens
         if source.stop is not None:
             given["stop"] = source.stop_list
-        if source.logit_bias is not None:
-            given["logit_bias"] = {int(key): bias for key, bias in source.logit_bias.items()}
         if source.response_format is not None or source.structured_outputs is not None:
             given["structure"] = source.structure
         merged.update(given)
     try:
         merged["logprobs"] = _resolve_logprobs(defaults, row)
         merged.update(_resolve_tools(defaults, row, merged.get("structure")))
+        resolved = Sampling(**merged)
+        if resolved.min_tokens > (most := resolved.max_completion_tokens):
+            raise ValueError(
+                f"min_tokens = {resolved.min_tokens}: is above max_completion_tokens = {most}"
+            )
     except ValueError as error:
         raise RowError(ErrorCode.INVALID_PARAMETER, str(error)) from None
-    return Sampling(**merged)
+    return resolved
 
 
 def _resolve_logprobs(defaults: SamplingDefaults, row: SamplingDefaults) -> int | None:
     wanted = defaults.logprobs if row.logprobs is None else row.logprobs
     top = defaults.top_logprobs if row.top_logprobs is None else row.top_logprobs
-    if top is not None and wanted is None:
+    if top and wanted is None:
         raise ValueError("top_logprobs wants logprobs: true")
     return (top or 0) if wanted else None
 
 
 def offered_tools(defaults: SamplingDefaults, row: SamplingDefaults) -> list[dict[str, Any]]:
     """The tools of a request: the row's, else the run's."""
-    return row.tools or defaults.tools or []
+    return (defaults.tools if row.tools is None else row.tools) or []
 
 
 def _resolve_tools(
@@ -272,7 +363,7 @@ def _plain(name: str, value: Any) -> Any:
         return int(value)
     if not isinstance(value, str):
         return value
-    is_json = name in _NESTED or (name == "tool_choice" and value.startswith("{"))
+    is_json = name in _NESTED and not (name == "tool_choice" and value.isalpha())
     return _from_json(value, name) if is_json else value
 
 
@@ -296,7 +387,10 @@ def _describe(error: ValidationError) -> str:
     if fault["type"] == "extra_forbidden":
         where, _, last = name.rpartition(".")
         if where:
-            return f"{where} has no key {_short(last)}"
+            remedy = f"; {REMEDIES[last]}" if last in REMEDIES else ""
+            return f"{where} has no key {_short(last)}{remedy}"
+        if last in REMEDIES:
+            return f"{last} is not supported; {REMEDIES[last]}"
         known = ", ".join(SamplingDefaults.model_fields)
         return f"unknown parameter {_short(last)}; known are {known}"
     message = fault["msg"].removeprefix("Value error, ")

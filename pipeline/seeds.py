@@ -17,3 +17,14 @@ def derive_seed(run_seed: int, custom_id: str, sample_index: int) -> int:
     message = b"%d\x00%d\x00%d\x00%s" % (run_seed, sample_index, len(identity), identity)
     digest = blake2b(message, digest_size=8, person=b"maverick-seed").digest()
     return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
+
+
+def sample_seed(base: int, sample_index: int) -> int:
+    """The seed of one sample of a row that brings ``base``, in ``[-2**63, 2**63)``.
+
+    It is never -1, by which vLLM means none.
+    """
+    seed = base + sample_index
+    if base >= 0:
+        return seed % (1 << _SEED_BITS)
+    return seed + 1 if seed >= -1 > base else seed

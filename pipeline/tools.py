@@ -83,8 +83,8 @@ def check_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: they are not; says which one and why.
     """
-    if not 1 <= len(tools) <= _MAX_TOOLS:
-        raise ValueError(f"1 to {_MAX_TOOLS} tools, not {len(tools)}")
+    if len(tools) > _MAX_TOOLS:
+        raise ValueError(f"at most {_MAX_TOOLS} tools, not {len(tools)}")
     try:
         json.dumps(tools, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -19,10 +19,9 @@ from pipeline.commit import PartStats, StoredPart, part_uri, read_stored_part
 from pipeline.duplicates import Duplicates
 from pipeline.errors import ErrorCode, StorageError
 from pipeline.plan import Shard
-from pipeline.records import OUTPUT_SCHEMA, Status
-from pipeline.seeds import derive_seed
+from pipeline.records import ADDED_LATER, OUTPUT_SCHEMA, Status
+from pipeline.seeds import derive_seed, sample_seed
 
-_SEED_LIMIT = 2**63
 _FINISH_REASONS = ("stop", "length")
 _NEVER_NULL = (
     *("custom_id", "sample_index", "status", "prompt_tokens", "completion_tokens", "total_tokens"),
@@ -129,11 +128,14 @@ def _check_origin(
 def _check_columns(table: pa.Table, expected: Expected, uri: str, findings: Findings) -> bool:
     """Whether the records can be looked at."""
     schema = table.schema.remove_metadata()
-    if not schema.equals(expected.schema):
-        findings.add(CheckName.SCHEMA, uri, _difference(schema, expected.schema))
+    absent = ADDED_LATER.difference(schema.names)
+    wanted = pa.schema([field for field in expected.schema if field.name not in absent])
+    if not schema.equals(wanted):
+        findings.add(CheckName.SCHEMA, uri, _difference(schema, wanted))
         if any(
             name not in schema.names or schema.field(name).type != OUTPUT_SCHEMA.field(name).type
             for name in OUTPUT_SCHEMA.names
+            if name not in absent
         ):
             return False
     holes = [name for name in _NEVER_NULL if table.column(name).null_count]
@@ -274,7 +276,7 @@ def _check_seeds(
         position
         for position in own
         if (seed := given.get(int(records.rows[position]))) is None
-        or (seed + int(records.samples[position])) % _SEED_LIMIT != records.seeds[position]
+        or sample_seed(seed, int(records.samples[position])) != records.seeds[position]
     ]
     if wrong:
         first, more = records.row_at(wrong[0]), f" ({len(wrong)} records)" if wrong[1:] else ""
@@ -288,7 +290,7 @@ def _not_derived(records: Records, expected: Expected) -> Iterator[int]:
     samples, seeds = records.samples.tolist(), records.seeds.tolist()
     for position, (custom_id, index, seed) in enumerate(zip(ids, samples, seeds, strict=True)):
         if not any(seed == derive_seed(run, custom_id, index) for run in expected.run_seeds) and (
-            not any(seed == (base + index) % _SEED_LIMIT for base in expected.default_seeds)
+            not any(seed == sample_seed(base, index) for base in expected.default_seeds)
         ):
             yield position
 

@@ -37,6 +37,7 @@ from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import read_shard
 from pipeline.records import Failure, Prepared, input_block, read_prepared
 from pipeline.redact import redacted
+from pipeline.sampling import Sampling
 from pipeline.values import rows_of
 
 _THREADS = 16  # latency: an id column is small and far away
@@ -225,7 +226,8 @@ def _differences(item: Prepared | Failure, records: Sequence[dict[str, Any]]) ->
         digest = record.get("prompt_digest")
         if digest is not None and digest != item.digest:
             found.append(f"{name}: another prompt: tokens or images")
-        if record["sampling"] is not None and record["sampling"] != item.sampling.as_json:
+        recorded = record["sampling"]  # an earlier version's lacks parameters of today
+        if recorded and Sampling.model_validate_json(recorded) != item.sampling:
             found.append(f"{name}: other parameters")
         if record["sample_index"] < len(item.seeds) and (
             record["seed"] != item.seeds[record["sample_index"]]

@@ -193,6 +193,39 @@ def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(replica: Repl
     assert first not in {token.token_id for token in banned.logprobs or ()}
 
 
+def test_the_engine_ends_a_completion_as_vllms_own_parameters_say(replica: Replica) -> None:
+    end, header = 261, 258  # <|eot|>, <|header_start|>; bytes are tokens 0-255
+    ends, writes_a = {"logit_bias": {str(end): 100}}, {"logit_bias": {"97": 100}}
+    asked: list[dict[str, Any]] = [
+        ends,
+        {**ends, "min_tokens": 5, "max_completion_tokens": 9},
+        {**ends, "ignore_eos": True, "max_completion_tokens": 7},
+        {**writes_a, "stop_token_ids": [97]},
+        {**writes_a, "stop": ["1", "2", "3", "4", "aa"], "include_stop_str_in_output": True},
+        {**writes_a, "stop": "aa"},
+        {**writes_a, "bad_words": ["a"], "max_completion_tokens": 9},
+        {"logit_bias": {str(header): 100}, "max_completion_tokens": 2},
+        {
+            "logit_bias": {str(header): 100},
+            "max_completion_tokens": 2,
+            "skip_special_tokens": False,
+        },
+        {"max_completion_tokens": 3, "truncate_prompt_tokens": 4, "seed": -7},
+    ]
+    done = [sample for (sample,) in run(replica, *asked) if isinstance(sample, Completion)]
+    assert len(done) == len(asked)
+    plain, least, on, token, kept, cut, banned, special, shown, short = done
+    assert (plain.completion_tokens, plain.finish_reason, plain.stop_reason) == (1, "stop", None)
+    assert least.completion_tokens >= 5
+    assert (on.completion_tokens, on.finish_reason) == (7, "length")
+    assert (token.completion_tokens, token.finish_reason, token.stop_reason) == (1, "stop", "97")
+    assert (kept.text, kept.stop_reason) == ("aa", "aa")
+    assert (cut.text, cut.stop_reason) == ("", "aa")
+    assert "a" not in banned.text
+    assert (special.text, shown.text) == ("", "<|header_start|>" * 2)
+    assert (short.prompt_tokens, short.seed) == (4, -7)
+
+
 def test_a_token_beyond_the_vocabulary_is_refused_before_the_engine(replica: Replica) -> None:
     ((refused,), (last,)) = run(
         replica,

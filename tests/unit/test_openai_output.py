@@ -217,6 +217,19 @@ def test_only_a_call_of_a_tool_that_was_named_just_stops(
     assert found.message.tool_calls
 
 
+def test_what_ended_a_completion_stands_beside_its_reason_as_in_vllm(tmp_path: Path) -> None:
+    asked = Sampling(stop=("42",), stop_token_ids=(42, 43)).as_json
+    ends = [replace(done(row), sampling=asked) for row in range(3)]
+    outcomes: list[Outcome] = [
+        replace(end, stop_reason=reason)
+        for end, reason in zip(ends, ("42", "43", None), strict=True)
+    ]
+    commit(tmp_path, 0, outcomes)
+    output, _ = write(tmp_path)
+    choices = [line["response"]["body"]["choices"][0] for line in output]
+    assert [choice["stop_reason"] for choice in choices] == ["42", 43, None]
+
+
 @pytest.mark.parametrize(
     ("code", "status", "kind"),
     [

@@ -238,6 +238,44 @@ def test_seeds_come_from_the_row_or_from_its_identity(tmp_path: Path) -> None:
     assert good(items[2]).seeds == (derive_seed(7, "rows.parquet:102", 0),)
 
 
+def test_a_seed_may_be_negative_and_minus_one_is_none(tmp_path: Path) -> None:
+    asked = ({"seed": -5, "n": 2}, {"seed": -1})
+    rows = [{"custom_id": f"{i}", "prompt": "x", "sampling": s} for i, s in enumerate(asked)]
+    negative, none = prepare(tmp_path, rows)
+    assert good(negative).seeds == (-5, -4)
+    assert good(none).seeds == (derive_seed(7, "1", 0),)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(5, 5), (1, 1), (100, 13), (-1, 13)])
+def test_of_a_prompt_that_may_be_cut_the_last_tokens_stay(
+    tmp_path: Path, most: int, kept: int
+) -> None:
+    text = "a" + "b" * 11
+    lines = batch_line("a", "/v1/completions", prompt=text, truncate_prompt_tokens=most)
+    (item,) = prepare_lines(tmp_path, lines)
+    whole = [256, *text.encode()]
+    assert list(good(item).token_ids) == whole[-kept:]
+    assert good(item).prompt_tokens == kept
+
+
+def test_a_prompt_beyond_the_context_may_be_cut_to_what_fits_unless_it_has_images(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"prompt": "a" * 1000, "sampling": {"truncate_prompt_tokens": -1}, "images": images}
+        for images in (None, [png(8, 8)])
+    ]
+    fits, refused = prepare(tmp_path, rows)
+    assert good(fits).prompt_tokens == MODEL.max_model_len - 1
+    assert code(refused) == "invalid_parameter"
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    (item,) = prepare(tmp_path, [{"prompt": "a", "sampling": {"stop_token_ids": [7, 9999]}}])
+    assert isinstance(item, Failure)
+    assert item.message == "stop_token_ids: token id 9999 is not below the vocabulary's 272"
+
+
 def test_a_rows_sampling_wins_over_the_runs(tmp_path: Path) -> None:
     items = prepare(tmp_path, [{"prompt": "?", "sampling": {"temperature": 0.0}}])
     assert good(items[0]).sampling.temperature == 0.0

@@ -116,6 +116,7 @@ def test_records_survive_the_trip_through_arrow_with_all_they_can_hold() -> None
     outcomes: list[Outcome] = [
         replace(
             completion(10),
+            stop_reason="\n\n",
             logprobs=(TokenLogprob("a", 1, -0.1, tops), TokenLogprob("", 3, -9.0, ())),
             tool_calls=(ToolCall("call-1", "f", '{"x": 1}'),),
             prompt_logprobs=(None, PromptLogprob(5, -0.25, 1), PromptLogprob(6, -7.5, 340)),

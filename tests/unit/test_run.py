@@ -176,6 +176,16 @@ def test_cluster_changes_may_resume(folder: Path) -> None:
     assert settle(folder, engine=changed).exists
 
 
+def test_a_run_of_a_version_with_fewer_request_parameters_may_resume(folder: Path) -> None:
+    settle(folder, sampling={"temperature": 0.5}).start()
+    document = manifest(folder)
+    document["config"]["sampling"] = {"temperature": 0.5, "top_p": None}
+    (folder / "out" / "run.json").write_text(json.dumps(document))
+    assert settle(folder, sampling={"temperature": 0.5}).exists
+    with pytest.raises(RunMismatchError, match=r"another sampling\.min_tokens: null there, 2 here"):
+        settle(folder, sampling={"temperature": 0.5, "min_tokens": 2})
+
+
 def test_a_missing_part_takes_the_end_marker_away_until_it_is_back(folder: Path) -> None:
     run = settle(folder)
     run.start()

@@ -55,9 +55,20 @@ def test_stop_may_be_one_string_or_several() -> None:
         ({"top_p": 0}, "top_p = 0"),
         ({"n": 0}, "n = 0"),
         ({"n": 1.5}, "n = 1.5"),
-        ({"seed": -1}, "seed = -1"),
+        ({"seed": -(2**63) - 1}, "seed = -9223372036854775809"),
         ({"seed": 2**63}, f"seed = {2**63}"),
-        ({"stop": ["1", "2", "3", "4", "5"]}, "at most 4 strings, got 5"),
+        ({"stop": ["a"] * 33}, "at most 32 strings, got 33"),
+        ({"bad_words": ["\ud800"]}, "bad_words.0 = "),
+        ({"bad_words": [""]}, "bad_words.0 = ''"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0 = -1"),
+        ({"truncate_prompt_tokens": 0}, "would leave nothing of the prompt"),
+        ({"prompt_logprobs": 5}, "prompt_logprobs = 5: give true (or 0)"),
+        ({"min_tokens": "many"}, "min_tokens = 'many'"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs is not supported; render"),
+        ({"reasoning_effort": "low"}, "reasoning_effort is not supported; say it"),
+        ({"guided_json": {}}, "guided_json is not supported; give structured_outputs: {json: ...}"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "no key 'structural_tag'; give a JSON"),
+        ({"max_new_tokens": 5}, "max_new_tokens is not supported; give max_completion_tokens"),
         ({"stop": ""}, "empty string"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "not both"),
         ({"temprature": 1}, "unknown parameter 'temprature'; known are temperature"),
@@ -151,3 +162,57 @@ def test_log_probabilities_are_merged_part_by_part() -> None:
     assert resolve(run, parse_row_sampling({"logprobs": False})).logprobs is None
     with pytest.raises(RowError, match="wants logprobs: true"):
         resolve(SamplingDefaults(), parse_row_sampling({"top_logprobs": 2}))
+
+
+VLLMS = {
+    "min_tokens": 2,
+    "ignore_eos": True,
+    "stop_token_ids": [7, 8],
+    "bad_words": ["ü"],
+    "truncate_prompt_tokens": -1,
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
+    "prompt_logprobs": 0,
+    "top_logprobs": 0,
+    "logprobs": False,
+    "stop": ["1", "2", "3", "4", "5"],
+    "seed": -5,
+    "tools": [],
+}
+
+
+def test_what_vllm_takes_as_it_is_is_recorded_and_handed_on() -> None:
+    resolved = resolve(SamplingDefaults(), parse_row_sampling(json.dumps(VLLMS)))
+    recorded = json.loads(resolved.as_json)
+    as_given = set(VLLMS) - {"prompt_logprobs", "top_logprobs", "logprobs", "seed", "tools"}
+    assert {name: recorded[name] for name in as_given} == {name: VLLMS[name] for name in as_given}
+    assert (resolved.prompt_logprobs, resolved.logprobs) == (True, None)
+    assert Sampling.model_validate_json(resolved.as_json) == resolved
+    for name in ("min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens", "logprobs"):
+        assert resolved.for_engine[name] == getattr(resolved, name)
+    # what the prompt is cut by, and names that only this program has, are not the engine's
+    assert set(resolved.for_engine).isdisjoint({"truncate_prompt_tokens", "tool_use", "n"})
+
+
+def test_a_completion_may_not_be_longer_at_least_than_at_most() -> None:
+    with pytest.raises(RowError, match="min_tokens = 9: is above max_completion_tokens = 8"):
+        resolve(SamplingDefaults(max_completion_tokens=8), parse_row_sampling({"min_tokens": 9}))
+
+
+def test_parameters_that_an_earlier_version_recorded_are_read_with_todays_defaults() -> None:
+    recorded = (
+        '{"temperature":0.5,"top_p":1.0,"top_k":0,"min_p":0.0,"frequency_penalty":0.0,'
+        '"presence_penalty":0.0,"repetition_penalty":1.0,"max_completion_tokens":64,"stop":["x"],'
+        '"n":1,"logit_bias":{"7":1.5},"logprobs":null,"prompt_logprobs":false,"structure":null,'
+        '"tool_use":null}'
+    )
+    row = SamplingDefaults(stop="x", logit_bias={"7": 1.5}, max_completion_tokens=64)
+    resolved = resolve(SamplingDefaults(temperature=0.5), row)
+    assert Sampling.model_validate_json(recorded) == resolved
+
+
+def test_a_row_may_offer_no_tools_where_the_run_offers_some() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    run = SamplingDefaults.model_validate({"tools": [tool]})
+    assert resolve(run, SamplingDefaults()).tool_use is not None
+    assert resolve(run, parse_row_sampling({"tools": []})).tool_use is None

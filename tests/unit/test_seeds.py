@@ -1,6 +1,6 @@
 """Seeds: fixed by (run seed, custom_id, sample index) for ever, and different for each."""
 
-from pipeline.seeds import derive_seed
+from pipeline.seeds import derive_seed, sample_seed
 
 
 def test_a_seed_never_changes_between_versions() -> None:
@@ -22,3 +22,10 @@ def test_seeds_fit_a_signed_64_bit_integer_and_do_not_collide() -> None:
     seeds = [derive_seed(7, f"row-{i}", 0) for i in range(20_000)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_samples_of_a_row_with_a_seed_have_seeds_of_their_own_and_none_is_minus_one() -> None:
+    assert [sample_seed(7, index) for index in range(3)] == [7, 8, 9]
+    assert sample_seed(2**63 - 1, 1) == 0
+    assert [sample_seed(-3, index) for index in range(4)] == [-3, -2, 0, 1]
+    assert sample_seed(-(2**63), 0) == -(2**63)

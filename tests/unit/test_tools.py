@@ -62,8 +62,7 @@ def test_nested_parameters_may_be_json_strings() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"tools": []}, "1 to 128 tools, not 0"),
-        ({"tools": [tool(f"f{i}") for i in range(129)]}, "1 to 128 tools, not 129"),
+        ({"tools": [tool(f"f{i}") for i in range(129)]}, "at most 128 tools, not 129"),
         ({"tools": [tool("f"), tool("f")]}, "tools[1]: a second tool of the name 'f'"),
         ({"tools": [tool("f g")]}, "tools[0].function.name"),
         ({"tools": [tool("f" * 65)]}, "tools[0].function.name"),

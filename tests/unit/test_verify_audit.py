@@ -17,7 +17,7 @@ from jobs.verify.recorded import open_recorded
 from pipeline.commit import Destination, commit_outcomes, part_uri, read_part, read_stats
 from pipeline.config import parse_config
 from pipeline.errors import ErrorCode, RunMismatchError
-from pipeline.records import Failure, Outcome, Status
+from pipeline.records import ADDED_LATER, Failure, Outcome, Status
 from pipeline.run import find_run
 from tests.recorded_runs import SHARD_ROWS, make_run, rewrite, with_value
 
@@ -163,6 +163,11 @@ def test_a_duplicate_that_was_answered_and_one_that_is_none_are_found(out: Path)
     rewrite(out, 2, edit("error_code", 6, "invalid_messages"))
     faults = next(check for check in look(out).checks if check.name == "duplicates")
     assert faults.faults == 2
+
+
+def test_a_part_of_an_earlier_version_lacks_columns_without_fault(out: Path) -> None:
+    rewrite(out, 1, lambda table: table.drop_columns(sorted(ADDED_LATER)))
+    assert set(red(look(out))) == {"checksums"}  # as this test wrote it anew
 
 
 def test_parts_of_another_run_or_shard_are_found(out: Path, tmp_path: Path) -> None:

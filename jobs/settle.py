@@ -117,6 +117,8 @@ def settle(
     for left_out in found.left_out:
         if left_out.reason != HIDDEN:
             log.warning("input: %s", left_out)
+    for near_miss in found.near_misses:
+        log.warning("input: %s", near_miss)
     deadline = config.limits.deadline
 
     def look() -> Run:
@@ -230,6 +232,7 @@ def describe(job: Job) -> Result:
         "pending_rows": rows_left,
         "pending_shards": len(run.pending),
         "left_out": [asdict(each) for each in job.found.left_out],
+        "near_misses": list(job.found.near_misses),
     }
     images = _image_format(job.profile)
     if images is not None:

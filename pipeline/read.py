@@ -9,7 +9,7 @@ only the rows' offsets are held (8 bytes a row), and just a shard's bytes are re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from pipeline.fetch import input_root
 from pipeline.hive import partition_values
 from pipeline.input_files import Form, LeftOut, form_by_suffix, list_input, strange_content
 from pipeline.jsonl import read_rows, row_offsets
+from pipeline.near_misses import near_misses
 from pipeline.openai_input import URL_COLUMN, read_line
 from pipeline.parquet import ParquetRows, extents_of
 from pipeline.plan import Extents, InputFile, Offsets, Shard
@@ -117,6 +118,8 @@ class Input:
     """Files at the input's URIs that are not read."""
     extents: Mapping[str, Extents] = field(default_factory=dict)
     """How large the row groups of each Parquet file are."""
+    near_misses: tuple[str, ...] = ()
+    """What to tell of columns that are only carried, and may be meant for the requests."""
 
     @property
     def is_jsonl(self) -> bool:
@@ -190,7 +193,13 @@ def open_input(
     extents = {file.uri: extents for file, _, extents in footers}
     columns = _settle_columns(schemas, renamed, carry, template)
     names = frozenset(name for schema in schemas.values() for name in schema.names)
-    return Input(files, columns, folders, searched, {}, names, listing.left_out, extents)
+    near = () if carry is not None or template is not None else _near_misses(columns, names)
+    return Input(files, columns, folders, searched, {}, names, listing.left_out, extents, near)
+
+
+def _near_misses(columns: InputColumns, names: Collection[str]) -> tuple[str, ...]:
+    present = {ours for ours, theirs in columns.request.items() if theirs in names}
+    return tuple(near_misses(columns.carried.names, present))
 
 
 def _jsonl_columns(

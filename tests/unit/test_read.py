@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import duckdb
@@ -392,6 +393,32 @@ def test_partitions_count_below_the_input_only_and_in_every_file(tmp_path: Path)
 def test_a_partition_named_like_a_request_column_is_none(tmp_path: Path) -> None:
     write(tmp_path / "prompt=1/a.parquet", {"messages": ["[]"]})
     assert settled(str(tmp_path)).columns.carried.names == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "renamed", "words"),
+    [
+        (["image"], {}, ["'image' is only carried, .* input.columns: {images: image}"]),
+        (["Image-URLs"], {}, ["'Image-URLs' .* {images: Image-URLs}"]),
+        (["image"], {"images": "image"}, []),
+        (["image", "images"], {}, []),
+        (["sampling_params"], {}, ["'sampling_params' .* {sampling: sampling_params}"]),
+        (["tools"], {}, ["'tools' is only carried; request parameters are read from 'sampling'"]),
+        (["max_tokens", "sampling"], {}, ["'max_tokens' is only carried"]),
+        (["Custom ID", "conversations"], {}, ["{custom_id: Custom ID}", "{messages: conv"]),
+        (["system"], {}, ["'system' is only carried; put it into messages"]),
+        (["id", "label", "n", "text", "custom_id"], {}, []),
+    ],
+)
+def test_columns_that_nearly_match_are_told_with_the_remedy(
+    tmp_path: Path, columns: list[str], renamed: dict[str, str], words: list[str]
+) -> None:
+    write(tmp_path / "a.parquet", {name: ["{}"] for name in ("prompt", *columns)})
+    told = open_input(str(tmp_path), renamed=renamed, carry=None).near_misses
+    assert len(told) == len(words)
+    for sentence, each in zip(told, words, strict=True):
+        assert re.search(each, sentence)
+    assert open_input(str(tmp_path), renamed=renamed, carry=columns).near_misses == ()
 
 
 def test_the_folder_of_a_single_file_is_not_searched(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def run_batch(
         if job.run.accepted:
             log.warning(
                 "--accept-changed changes nothing: nothing is left to make with it, and it is not "
-                "written down; give it together with --retry"
+                "written down; give it together with a --retry that matches records"
             )
         result = _finish(job, _Parts(job.run))
     else:

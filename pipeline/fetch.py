@@ -139,12 +139,13 @@ def check_size(data: bytes, max_bytes: int) -> bytes:
 def input_root(uri: str, first_file: str) -> str:
     """The folder relative image URIs start from: ``uri``, or the folder of a file or glob.
 
-    ``first_file`` is a file of the input: it tells a file from a folder of the same kind of name.
+    ``first_file`` is a file of the input: it tells a file from a folder of the same kind of name,
+    and a folder from a pattern.
     """
     absolute = storage.absolute(uri).rstrip("/")
     if absolute == first_file:
         return absolute.rsplit("/", 1)[0]
-    while storage.has_glob(absolute):
+    while storage.has_glob(absolute) and not first_file.startswith(f"{absolute}/"):
         absolute = absolute.rsplit("/", 1)[0]
     return absolute
 

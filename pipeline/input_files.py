@@ -135,14 +135,15 @@ _Told = list[tuple[storage.FileEntry, Form | None]]
 def _list(uri: str) -> _Told:
     storage.check_reachable(uri)
     try:
-        entries = storage.list_files(uri, hidden=True)
+        by_pattern = storage.is_pattern(uri)
+        entries = storage.match_files(uri, hidden=True)
     except (FileNotFoundError, StorageError) as error:
         raise InputError(f"input.uri {uri} cannot be listed: {error}.") from None
     if not entries:
         raise InputError(f"input.uri {uri}: there is no file.")
     root = storage.absolute(uri).rstrip("/")
     is_file = entries[0].uri == root
-    by_name = is_file or storage.has_glob(uri)
+    by_name = is_file or by_pattern
     told = [
         (entry, form_by_suffix(entry.uri) if by_name or _is_visible(entry.uri, root) else None)
         for entry in entries

@@ -288,7 +288,7 @@ def check_not_emptied(config: JobConfig) -> None:
 
 def _file_names(uri: str) -> list[str]:
     try:
-        return [entry.uri for entry in storage.list_files(uri)]
+        return [entry.uri for entry in storage.match_files(uri)]
     except FileNotFoundError:
         return []
 

@@ -1,6 +1,8 @@
 """Object storage through fsspec: list, read, put whole objects. The one module that imports fsspec.
 
 In: URIs (``s3://``, ``gs://``, ``file://`` or plain paths). Out: bytes, seekable files, listings.
+URIs are literal: no character of a name is a wildcard, an escape or a separator of drivers, but in
+``match_files``. Only a plain path, one without a scheme, may begin with ``~``.
 A put is one whole object or nothing: object stores promise that for one PUT, local files get it by
 writing beside and renaming; ``open_output`` does it for objects larger than memory. A put that
 cannot be confirmed raises ``StorageError``.
@@ -31,9 +33,8 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 from botocore.exceptions import ConnectionError as NobodyThereError
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import get_protocol, glob_translate
+from fsspec.utils import glob_translate
 
 from pipeline import faults, local_files, metrics, s3
 from pipeline.errors import InputError, StorageError, StorageUnavailableError
@@ -51,6 +52,7 @@ _READ_TIMEOUT_S = 30
 """Between two pieces of an answer."""
 _CONNECTIONS = 64
 _PROBE_S = 10.0
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # A first look before anything starts: a wrong endpoint or bucket must be told in seconds.
 _S3_PROBE: dict[str, Any] = {
     "config_kwargs": {
@@ -113,7 +115,7 @@ def check_reachable(uri: str) -> None:
     Raises:
         InputError: unknown scheme, missing driver, no such bucket, wrong keys, or no answer.
     """
-    protocol = get_protocol(uri)
+    protocol = _protocol(uri)
     if protocol not in ("file", "local") and not uri.partition("://")[2].strip("/"):
         raise InputError(f"{uri}: names no bucket; write it as {protocol}://bucket/folder.")
     try:
@@ -139,7 +141,7 @@ def check_reachable(uri: str) -> None:
 def _probe(uri: str, protocol: str) -> None:
     """One quick look at the bucket. A bad moment of the store is told from a wrong name."""
     is_s3 = protocol in _S3_PROTOCOLS
-    fs, path = url_to_fs(uri, skip_instance_cache=is_s3, **(_S3_PROBE if is_s3 else {}))
+    fs, path = _driver(uri, skip_instance_cache=is_s3, **(_S3_PROBE if is_s3 else {}))
     try:
         if is_s3:
             fs.retries = 1
@@ -172,7 +174,7 @@ def check_folder(uri: str) -> None:
 def list_files(
     uri: str, *, suffixes: tuple[str, ...] = ("",), hidden: bool = False
 ) -> list[FileEntry]:
-    """Files at ``uri`` (a file, a folder taken recursively, or a glob), sorted by URI.
+    """Files at ``uri`` (a file, or a folder taken recursively), sorted by URI.
 
     In folders, names that start with ``_`` or ``.`` are skipped at every level (the convention
     of Spark, Arrow and DuckDB) unless ``hidden`` asks for them, and only names ending in one of
@@ -181,13 +183,9 @@ def list_files(
     Raises:
         StorageError: some of it cannot be listed; there is no listing of the rest.
     """
-
-    if has_glob(uri):
-        entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _glob(fs, path)))
-    else:
-        entries = list(iterate_folder(uri, suffixes=suffixes, hidden=hidden))
-        if not entries and get_protocol(uri) in _S3_PROTOCOLS:
-            entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _itself(fs, path)))
+    entries = list(iterate_folder(uri, suffixes=suffixes, hidden=hidden))
+    if not entries and _protocol(uri) in _S3_PROTOCOLS:
+        entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _itself(fs, path)))
     chosen = (entry for entry in entries if entry.uri.endswith(suffixes))
     return sorted(chosen, key=lambda entry: entry.uri)
 
@@ -204,6 +202,31 @@ def iterate_folder(
     """
     for page in _pages(uri, hidden=hidden):
         yield from (entry for entry in page if entry.uri.endswith(suffixes))
+
+
+def is_pattern(uri: str) -> bool:
+    """Whether ``uri`` is read as a pattern: it holds a wildcard, and nothing is called so.
+
+    Raises:
+        StorageError: the store does not tell.
+    """
+    return has_glob(uri) and not exists(uri)
+
+
+def match_files(
+    uri: str, *, suffixes: tuple[str, ...] = ("",), hidden: bool = False
+) -> list[FileEntry]:
+    """As ``list_files``; if ``uri`` is a pattern, all files that match it, sorted by URI.
+
+    Raises:
+        StorageError: some of it cannot be listed; there is no listing of the rest.
+    """
+    if not is_pattern(uri):
+        return list_files(uri, suffixes=suffixes, hidden=hidden)
+
+    entries = _attempted(uri, "list", lambda fs, path: _entries(fs, _glob(fs, path)))
+    chosen = (entry for entry in entries if entry.uri.endswith(suffixes))
+    return sorted(chosen, key=lambda entry: entry.uri)
 
 
 def list_folder(uri: str) -> list[str]:
@@ -283,7 +306,7 @@ def read_tail(uri: str, size: int) -> bytes:
     """
 
     def content(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-        if get_protocol(uri) not in _S3_PROTOCOLS:
+        if _protocol(uri) not in _S3_PROTOCOLS:
             return bytes(fs.cat_file(path, start=max(0, fs.info(path)["size"] - size)))
         try:
             return s3.read_tail(fs, path, size)
@@ -314,7 +337,7 @@ def read_aged(uri: str) -> Aged:
     """
 
     def read(fs: fsspec.AbstractFileSystem, path: str) -> Aged:
-        if get_protocol(uri) in _S3_PROTOCOLS:
+        if _protocol(uri) in _S3_PROTOCOLS:
             return Aged(*s3.read_aged(fs, path), one_clock=True)
         content, version = _read_version(fs, path)
         age_s = (datetime.now(UTC) - fs.modified(path)).total_seconds()
@@ -404,7 +427,7 @@ def open_output(uri: str) -> Iterator[Callable[[bytes], object]]:
     Raises:
         StorageError: as ``put_bytes``; also from inside the block.
     """
-    if get_protocol(uri) in _S3_PROTOCOLS:
+    if _protocol(uri) in _S3_PROTOCOLS:
         with s3.uploading(functools.partial(_attempted, uri)) as write:
             yield write
         return
@@ -473,7 +496,7 @@ def replace_bytes(uri: str, data: bytes, version: str) -> str | None:
             if isinstance(fs, LocalFileSystem):
                 with local_files.locked(path):
                     return _replace_if(fs, path, data, version)
-            if get_protocol(uri) in _S3_PROTOCOLS:
+            if _protocol(uri) in _S3_PROTOCOLS:
                 return s3.replace(fs, path, data, version)
             return _replace_if(fs, path, data, version)
         except FileNotFoundError:
@@ -504,9 +527,9 @@ def delete_all(uris: Collection[str]) -> None:
     Raises:
         StorageError: naming one that is left.
     """
-    bulk = [uri for uri in uris if get_protocol(uri) in _S3_PROTOCOLS]
+    bulk = [uri for uri in uris if _protocol(uri) in _S3_PROTOCOLS]
     for uri in uris:
-        if get_protocol(uri) not in _S3_PROTOCOLS:
+        if _protocol(uri) not in _S3_PROTOCOLS:
             delete(uri)
     for bucket, group in groupby(sorted(bulk), key=lambda uri: uri.split("/")[2]):
         keys = [uri.split("/", 3)[3] for uri in group]
@@ -518,7 +541,7 @@ def delete_all(uris: Collection[str]) -> None:
 
 def deletes_at_once(uri: str) -> bool:
     """Whether ``delete_all`` is one request there, not a sequence of them."""
-    return get_protocol(uri) in _S3_PROTOCOLS
+    return _protocol(uri) in _S3_PROTOCOLS
 
 
 def remove_empty_folders(uri: str) -> None:
@@ -539,9 +562,14 @@ def exists(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """``uri`` with its scheme; plain paths become absolute ``file://`` URIs."""
-    if "://" in uri:
+    if _SCHEME.match(uri):
         return uri
     return f"file://{Path(uri).expanduser().absolute()}{'/' if uri.endswith('/') else ''}"
+
+
+def _protocol(uri: str) -> str:
+    scheme = _SCHEME.match(uri)
+    return scheme[1] if scheme else "file"
 
 
 def _attempted(uri: str, verb: str, action: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
@@ -568,14 +596,21 @@ def _patient_fetcher(uri: str, fetch: Callable[[int, int], bytes]) -> Callable[[
 
 
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    if get_protocol(uri) not in _S3_PROTOCOLS:
-        fs, path = url_to_fs(uri)
+    if _protocol(uri) not in _S3_PROTOCOLS:
+        fs, path = _driver(uri)
         fs.invalidate_cache()
         return fs, path
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     read_timeout_s = max(1, min(_READ_TIMEOUT_S, round(faults.current_patience())))
     fs = _s3_filesystem(os.getpid(), environment, read_timeout_s)
     return fs, fs._strip_protocol(uri)
+
+
+def _driver(uri: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    """A driver for ``uri``, and its path there. (fsspec's own would take ``::`` for a chain.)"""
+    uri = absolute(uri)
+    kind = fsspec.get_filesystem_class(_protocol(uri))
+    return kind(**kind._get_kwargs_from_urls(uri), **options), kind._strip_protocol(uri)
 
 
 @functools.lru_cache(maxsize=8)
@@ -607,7 +642,7 @@ def _s3_filesystem(
 
 def _pages(uri: str, *, hidden: bool) -> Iterator[list[FileEntry]]:
     """The files below a folder; of S3 a whole tree, page by page."""
-    is_s3 = get_protocol(uri) in _S3_PROTOCOLS
+    is_s3 = _protocol(uri) in _S3_PROTOCOLS
     token: str | None = None
 
     def page(fs: fsspec.AbstractFileSystem, path: str) -> tuple[list[FileEntry], str | None]:
@@ -708,7 +743,7 @@ def _is_refused(error: OSError) -> bool:
 
 
 def _confirm(fs: fsspec.AbstractFileSystem, path: str, uri: str, size: int) -> None:
-    if get_protocol(uri) in _S3_PROTOCOLS:  # it has answered: a further request would say the same
+    if _protocol(uri) in _S3_PROTOCOLS:  # it has answered: a further request would say the same
         return
     stored = fs.info(path)["size"]
     if stored != size:

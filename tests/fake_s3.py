@@ -16,8 +16,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import escape, unescape
 
 from tests.http_server import serving
 
@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse(404, "NoSuchBucket")
             elif self.command == "POST":
                 for name in re.findall(rb"<Key>(.*?)</Key>", body):
-                    store.objects.pop(f"{bucket}/{name.decode()}", None)
+                    store.objects.pop(f"{bucket}/{unescape(name.decode())}", None)
                 self._send(200, b"<DeleteResult/>")
             elif key:
                 self._on_object(store, path, body)
@@ -156,12 +156,12 @@ def _listing(store: FakeS3, bucket: str, prefix: str, first: int) -> bytes:
     more = end < len(matching)
     token = f"<NextContinuationToken>{end}</NextContinuationToken>" if more else ""
     found = "".join(
-        f"<Contents><Key>{escape(path.removeprefix(begin))}</Key><Size>{len(content)}</Size>"
+        f"<Contents><Key>{escape(quote(path.removeprefix(begin)))}</Key><Size>{len(content)}</Size>"
         f"<ETag>{escape(_tag(content))}</ETag>"
         f"<LastModified>{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.000Z}</LastModified></Contents>"
         for path, content in matching[first:end]
     )
     return (
         f"<ListBucketResult><Name>{bucket}</Name><IsTruncated>{str(more).lower()}</IsTruncated>"
-        f"{token}{found}</ListBucketResult>"
+        f"<EncodingType>url</EncodingType>{token}{found}</ListBucketResult>"
     ).encode()

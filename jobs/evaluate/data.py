@@ -114,7 +114,7 @@ def _listing(uri: str) -> tuple[str, tuple[str, ...]]:
     """The root of the data set, and its files, in order."""
     storage.check_reachable(uri)
     try:
-        files = tuple(entry.uri for entry in storage.list_files(uri, suffixes=_SUFFIXES))
+        files = tuple(entry.uri for entry in storage.match_files(uri, suffixes=_SUFFIXES))
     except FileNotFoundError:
         files = ()
     if not files:

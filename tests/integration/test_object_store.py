@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.errors import StorageError, StorageUnavailableError
 from pipeline.lease import Lease, LeaseRecord
 from tests.lease_cases import LeaseCases, record_at
+from tests.odd_names import ODD_NAMES, pattern_twins
 from tests.s3_front import CUT, INTERNAL_ERROR, LOST, RESET, SLOW_DOWN, S3Front, s3_front
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -219,7 +220,7 @@ def test_listings_outlast_faults_and_are_whole(front: S3Front, folder: str, faul
         storage.put_bytes(uri, b"data")
     looks: list[Callable[[], list[str]]] = [
         lambda: [entry.uri for entry in storage.list_files(folder)],
-        lambda: [entry.uri for entry in storage.list_files(f"{folder}/*/[ab]")],
+        lambda: [entry.uri for entry in storage.match_files(f"{folder}/*/[ab]")],
         lambda: [uri for part in "xy" for uri in storage.list_folder(f"{folder}/{part}")],
     ]
     for look in looks:
@@ -236,7 +237,7 @@ def test_a_glob_whose_second_folder_cannot_be_listed_is_no_shorter_list(
     for part in ("x", "y"):
         storage.put_bytes(f"{folder}/{part}/a", b"data")
     front.script.extend(["", "", SLOW_DOWN])
-    assert len(storage.list_files(f"{folder}/*/a")) == 2
+    assert len(storage.match_files(f"{folder}/*/a")) == 2
     assert not front.script
 
 
@@ -471,3 +472,23 @@ def test_a_renewal_that_was_given_up_but_carried_out_costs_no_lease(
         time.sleep(1.1)  # times in the record count in seconds: the next one is to differ
         lease.confirm()
         assert lease.lost is None
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_objects_are_where_their_names_say(folder: str, name: str) -> None:
+    uri = storage.join(folder, name, name)
+    twins = [storage.join(folder, twin, twin) for twin in pattern_twins(name)]
+    for twin in twins:
+        storage.put_bytes(twin, b"twin")
+    assert storage.list_files(storage.join(folder, name)) == []
+    assert storage.create_bytes(uri, b"one")
+    _, version = storage.read_version(uri)
+    assert storage.replace_bytes(uri, b"two", version)
+    assert storage.read_bytes(uri) == b"two"
+    assert [entry.uri for entry in storage.list_files(storage.join(folder, name))] == [uri]
+    assert [entry.uri for entry in storage.match_files(storage.join(folder, name))] == [uri]
+    assert storage.list_folder(storage.join(folder, name)) == [uri]
+    assert storage.join(folder, name) in storage.list_folders(folder)
+    storage.delete_all([uri])
+    assert not storage.exists(uri)
+    assert all(storage.read_bytes(twin) == b"twin" for twin in twins)

@@ -110,7 +110,7 @@ def test_a_hidden_folder_above_the_root_hides_nothing(tmp_path: Path) -> None:
 def test_a_glob_lists_what_matches(tmp_path: Path) -> None:
     for name in ("a1.parquet", "a2.parquet", "b1.parquet"):
         (tmp_path / name).write_bytes(b"x")
-    assert len(storage.list_files(f"file://{tmp_path}/a*.parquet")) == 2
+    assert len(storage.match_files(f"file://{tmp_path}/a*.parquet")) == 2
 
 
 def test_an_absent_folder_lists_as_empty(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_globs_match_at_their_depth_only(tmp_path: Path) -> None:
 
     def found(pattern: str) -> list[str]:
         root = f"file://{tmp_path}/"
-        return [entry.uri.removeprefix(root) for entry in storage.list_files(root + pattern)]
+        return [entry.uri.removeprefix(root) for entry in storage.match_files(root + pattern)]
 
     assert found("*.parquet") == ["a.parquet"]
     assert found("*/a.parquet") == ["x/a.parquet"]
@@ -273,7 +273,7 @@ def _read_input(uri: str) -> None:
 OPERATIONS: dict[str, Callable[[str], object]] = {
     "list": storage.list_files,
     "list folder": storage.list_folder,
-    "list glob": lambda uri: storage.list_files(f"{uri}/*/x"),
+    "list glob": lambda uri: storage.match_files(f"{uri}/*/x"),
     "read": storage.read_bytes,
     "read start": lambda uri: storage.read_bytes(uri, limit=10),
     "read version": storage.read_version,

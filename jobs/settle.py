@@ -310,6 +310,7 @@ def flow_spec(job: Job) -> FlowSpec:
         limits=ReplicaLimits(
             row_timeout_s=limits.row_timeout_s,
             stall_s=limits.stall_s,
+            start_s=limits.start_s,
             flush_s=limits.journal_s,
             flush_rows=limits.journal_rows,
         ),

@@ -50,7 +50,7 @@ from pipeline.records import (
     with_known,
 )
 from pipeline.redact import configure_logging, redacted_text
-from pipeline.replica import Replica, ReplicaLimits
+from pipeline.replica import Replica, ReplicaLimits, within
 from pipeline.replica_metrics import ReplicaMetrics
 from pipeline.roster import DRIVER_SILENCE_S, FIRST_ANSWER_S, Phase, Pulse
 
@@ -122,7 +122,8 @@ class ReplicaActor:
         if meeting is not None:
             engine = engine.on_node(meeting, nodes, rank=0)
         start_engine = self._measured.timed(partial(self._spec.start_engine, engine))
-        self._replica = Replica(start_engine, self._spec.limits)
+        bounded = partial(within, self._spec.limits.start_s, self._give_up, start_engine)
+        self._replica = Replica(bounded, self._spec.limits)
         self._cold_start_s = round(time.monotonic() - self._began, 3)
         self._heart.attach(self._replica)
         self._measured.attach(self._replica)
@@ -224,9 +225,13 @@ class ReplicaActor:
 
         Raising instead would end the whole run for one machine's fault.
         """
-        log.error("this replica cannot go on: %s", error)
         self._open.give_up(shard.index, _LAST_WORDS_S)
-        self._heart.last_beat(str(error))
+        self._give_up(str(error))
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """End the process; by then all that is finished is in the journals."""
+        log.error("this replica cannot go on: %s", reason)
+        self._heart.last_beat(reason)
         os._exit(_EXIT_BROKEN)
 
 

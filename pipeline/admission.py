@@ -55,6 +55,8 @@ class EngineLoad:
     ones included, each request's once however often it was computed."""
     completion_tokens: int = 0
     """Tokens generated for those requests."""
+    rank: int = 0
+    """The data-parallel rank whose step it was; the load is that of all."""
 
 
 class AdmissionWindow:

@@ -133,6 +133,9 @@ class LimitsSection(Section):
     """Seconds one request may take inside the engine; null = any."""
     stall_s: Annotated[float, Field(ge=1)] = 300
     """Seconds without progress of a busy engine, or a sign of its process, before a restart."""
+    start_s: Annotated[float, Field(gt=0)] = 3600
+    """Seconds an engine may take to start, a download of its model included, before its process is
+    ended and another one tries."""
     drain_s: Annotated[float, Field(ge=10)] = 30
     """Seconds from SIGTERM to the exit: rows in the engine may finish, finished ones are kept."""
     journal_s: Annotated[float, Field(gt=0)] = 5

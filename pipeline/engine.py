@@ -66,6 +66,8 @@ class EngineRequest:
     """Encoded, in the order of the prompt's image tokens."""
     sampling: Sampling
     seed: int
+    on_entry: Callable[[], None] | None = None
+    """To be called once it is on its way to the model: until then it waits for its images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class VLLMEngine:
         final: RequestOutput | None = None
         counted = asyncio.get_running_loop().create_future()
         self._uncounted[request.request_id] = counted
+        if request.on_entry is not None:
+            request.on_entry()
         try:
             async for output in self._llm.generate(rendered, params, request.request_id):
                 final = output
@@ -391,6 +395,7 @@ def _load_teller(on_step: _OnStep, model_name: str) -> Callable[..., StatLoggerB
                     preempted=iteration_stats.num_preempted_reqs if iteration_stats else 0,
                     prompt_tokens=sum(request.num_prompt_tokens for request in completed),
                     completion_tokens=sum(request.num_generation_tokens for request in completed),
+                    rank=engine_idx,
                 ),
                 [request.request_id or "" for request in ended],
             )

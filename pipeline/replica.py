@@ -17,6 +17,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,6 +64,9 @@ _FAILURES_PER_SAMPLE = 3
 _COMPLETE = ("stop", "length")
 """The finish reasons of a completion; whatever else an engine says is no success."""
 _CHECKS_PER_STALL = 20
+_STEPS_PER_EXPECTED = 16
+"""Steps of the fastest rank for each that a request is expected to take: ranks differ in speed,
+pipeline stages take turns, and preempted requests begin anew."""
 _DRAIN_SLACK_S = 1.0
 _LAST_CHECKS_S = 3.0
 """What answers get beyond that whose structure is still being checked: they are paid for."""
@@ -82,6 +86,11 @@ class ReplicaLimits:
     """Seconds one request may take in the engine; None = any."""
     stall_s: float = 300.0
     """Seconds without any progress of a busy engine after which it is started again."""
+    lost_steps: int = 20_000
+    """Steps of an engine that a request may wait, beyond 16 times the most that it takes itself,
+    before it counts as lost; not sooner than after ``stall_s``."""
+    start_s: float = 3600.0
+    """Seconds an engine's start may take."""
     flush_s: float = 5.0
     """Longest time a finished outcome waits in a batch."""
     flush_rows: int = 256
@@ -295,7 +304,7 @@ class Replica:
         life = self._life = _Life(engine)
 
         def on_step(load: EngineLoad) -> None:
-            life.steps += 1
+            life.steps[load.rank] += 1
             self.engine_tokens.add(load)
             self._window.observe(load, self._inside)
             self._pump()
@@ -354,11 +363,12 @@ class Replica:
         attempts = failures = 0
         try:
             request = _request(key, item)
+            patience = self._limits.lost_steps + _STEPS_PER_EXPECTED * _expected(item)
             while (life := await self._admitted(key)) is not None:
                 attempts += 1
                 started = time.monotonic()
                 try:
-                    output = await life.ask(key, request, self._limits.row_timeout_s)
+                    output = await life.ask(key, request, self._limits.row_timeout_s, patience)
                 except EngineError:
                     if self._is_fatal(life, key):
                         raise _fatal(attempts, life) from None
@@ -447,17 +457,20 @@ class Replica:
             raise EngineError(f"the engine dies again and again: {life.cause}")
 
     async def _watch(self) -> None:
-        """End an engine that has requests inside and stands still."""
+        """End an engine that has requests inside and stands still, or has lost one of them."""
         last: tuple[_Life | None, int] = (None, 0)
         since = looked = time.monotonic()
         while True:
             await asyncio.sleep(self._limits.stall_s / _CHECKS_PER_STALL)
             life = self._life
-            seen = (life, life.steps if life else 0)
+            seen = (life, life.steps.total() if life else 0)
             now = time.monotonic()
             late, looked = now - looked > self._limits.stall_s / 2, now
             if life is None or not life.busy or seen != last or late:  # late: all stood still
                 last, since = seen, now
+                if life is not None and (key := life.lost(self._limits.stall_s)) is not None:
+                    lost = f"row {key[1]} of shard {key[0]} waits, and others come and go"
+                    life.end(EngineError(f"a rank stands still, or a request is lost: {lost}"))
             elif now - since > self._limits.stall_s:
                 life.end(EngineError(f"no progress for {self._limits.stall_s:g} s"))
 
@@ -538,19 +551,30 @@ class _Work:
         return self._finished or len(self._batch) >= self.flush_rows
 
 
+@dataclass(slots=True)
+class _Inside:
+    """A request that an engine was given."""
+
+    task: asyncio.Task[Any]
+    entered: float = math.inf
+    """When it was on its way to the model, by the monotonic clock; until then it is not lost."""
+    last_step: float = math.inf
+    """Of the engine, by which it should have been answered."""
+
+
 class _Life:
     """One engine from its start to its end."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
-        self.steps = 0
-        """What it has done so far: it stands still only if nothing is done."""
+        self.steps: Counter[int] = Counter()
+        """What it has done so far, by rank: it stands still only if nothing is done."""
         self.suspects: dict[Key, None] = {}
         """Who was inside when it ended, and had no answer."""
         self.convicted: Key | None = None
         self.cause: str | None = None
         """Why it ended; the exception itself would hold on to the engine by its traceback."""
-        self._inside: dict[Key, asyncio.Task[Any]] = {}
+        self._inside: dict[Key, _Inside] = {}
 
     @property
     def busy(self) -> bool:
@@ -568,12 +592,31 @@ class _Life:
         if self.cause is None:
             self.cause = str(cause)
             self.suspects = dict.fromkeys(self._inside)
-            for task in self._inside.values():
-                if task is not asyncio.current_task():  # whoever noticed raises it itself
-                    task.cancel()
+            for inside in self._inside.values():
+                if inside.task is not asyncio.current_task():  # whoever noticed raises it itself
+                    inside.task.cancel()
 
-    async def ask(self, key: Key, request: EngineRequest, timeout_s: float | None) -> EngineOutput:
+    def lost(self, patience_s: float) -> Key | None:
+        """A request that waits although others of its size would be through several times."""
+        until, steps = time.monotonic() - patience_s, self._steps_of_fastest()
+        for key, inside in self._inside.items():
+            if inside.entered < until and steps > inside.last_step:
+                return key
+        return None
+
+    def _steps_of_fastest(self) -> int:
+        return max(self.steps.values(), default=0)
+
+    async def ask(
+        self, key: Key, request: EngineRequest, timeout_s: float | None, patience: float = math.inf
+    ) -> EngineOutput:
         """The engine's answer.
+
+        Args:
+            key: names the sample.
+            request: what is asked.
+            timeout_s: seconds it may take; None: any.
+            patience: steps the engine may make after it entered before it counts as lost.
 
         Raises:
             RowError: it refuses the request, or took more than ``timeout_s``: then it is aborted.
@@ -585,10 +628,15 @@ class _Life:
         assert engine is not None
         task = asyncio.current_task()
         assert task is not None
-        self._inside[key] = task
+        inside = self._inside[key] = _Inside(task)
+
+        def enter() -> None:
+            inside.entered = time.monotonic()
+            inside.last_step = self._steps_of_fastest() + patience
+
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                output = await engine.generate(request)
+                output = await engine.generate(replace(request, on_entry=enter))
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -605,6 +653,21 @@ class _Life:
             self._inside.pop(key, None)
         self.suspects.pop(key, None)
         return output
+
+
+def within(
+    seconds: float, give_up: Callable[[str], None], start_engine: Callable[[], Engine]
+) -> Engine:
+    """Start an engine; ``give_up``, which gets the reason, is called from another thread if that
+    takes too long: what hangs in a library cannot be interrupted."""
+    late = f"the engine was not up within limits.start_s = {seconds:g} s"
+    timer = threading.Timer(seconds, give_up, (late,))
+    timer.daemon = True
+    timer.start()
+    try:
+        return start_engine()
+    finally:
+        timer.cancel()
 
 
 def _expected(item: Prepared) -> float:

@@ -67,6 +67,8 @@ class EchoEngine:
             raise RowError(ErrorCode.ENGINE_REJECTED, "refused")
         for image in request.images:
             decode(image)
+        if request.on_entry is not None:
+            request.on_entry()
         self.running += 1
         self.peak = max(self.peak, self.running)
         self._plan_step()

@@ -24,7 +24,7 @@ from pipeline.engine import EngineOutput, EngineRequest
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError, EngineRefusalError, ErrorCode, TransientRowError
 from pipeline.records import Completion, Failure, Outcome, Prepared, Status
-from pipeline.replica import Replica, ReplicaLimits
+from pipeline.replica import Replica, ReplicaLimits, within
 from pipeline.sampling import Sampling
 from pipeline.structured import StructuredOutputs, json_structure
 from pipeline.tools import Choice, ToolUse
@@ -309,6 +309,43 @@ def test_an_engine_that_stands_still_is_started_again() -> None:
     assert failures(outcomes) == {5: ErrorCode.ENGINE_FATAL}
     assert "no progress for 0.3 s" in str(by_row(outcomes)[5])
     assert len(outcomes) == 20
+
+
+def test_a_request_that_is_lost_while_others_go_on_is_found_and_costs_only_itself() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=0.01, slow_token=KILLER))
+    asked = Sampling(max_completion_tokens=1)
+    rows = [replace(row(i, token=KILLER if i == 5 else 1), sampling=asked) for i in range(1500)]
+    limits = ReplicaLimits(stall_s=0.3, lost_steps=30)
+    outcomes = generate(rows, engines, limits, window=4)
+    assert failures(outcomes) == {5: ErrorCode.ENGINE_FATAL}
+    assert "row 5 of shard 0 waits" in str(by_row(outcomes)[5])
+    assert len(outcomes) == 1500
+    assert 3 <= len(engines.started) - 1 <= 5
+
+
+def test_a_request_that_takes_as_long_as_it_may_is_not_lost() -> None:
+    engines = Engines(lambda: EchoEngine(delay_s=2.0))
+    asked = Sampling(max_completion_tokens=1000)  # 16,000 steps, of which the engine makes 400
+    limits = ReplicaLimits(stall_s=0.3, lost_steps=30)
+    (outcome,) = generate([replace(row(0), sampling=asked)], engines, limits, window=4)
+    assert (outcome.status, outcome.attempts) == (Status.SUCCEEDED, 1)
+
+
+def test_a_start_that_takes_too_long_is_given_up_from_outside() -> None:
+    reasons: list[str] = []
+    given_up = threading.Event()
+
+    def give_up(reason: str) -> None:
+        reasons.append(reason)
+        given_up.set()
+
+    def hang() -> EchoEngine:
+        assert given_up.wait(60)
+        return EchoEngine()
+
+    within(0.1, give_up, hang)
+    within(60, give_up, EchoEngine)
+    assert reasons == ["the engine was not up within limits.start_s = 0.1 s"]
 
 
 def test_an_engine_that_dies_on_every_row_is_the_replicas_error() -> None:

@@ -1,4 +1,5 @@
-"""duplicates: rows whose explicit ``custom_id`` an earlier row of the input has. Exact, global.
+"""duplicates: rows whose explicit ``custom_id`` an earlier row has: of the input, in JSONL of the
+row's own file. Exact.
 
 In: the input's files in plan order and the name of their id column (JSONL has one name for it).
 Out: ``Duplicates``, saved with the run, so that a resume reads no ids. Of all ids only 64-bit
@@ -117,7 +118,9 @@ def find_duplicates(
 ) -> Duplicates:
     """Rows of ``files`` whose value of ``column``, as ``str`` gives it, an earlier row has.
 
-    Rows without a value, files without the column and values that are not UTF-8 have no id.
+    In JSONL an id is unique within its file, as in OpenAI's Batch API, whose limit of 50,000 lines
+    has people number each file anew; in Parquet within the input. Rows without a value, files
+    without the column and values that are not UTF-8 have no id.
 
     Args:
         files: in the order that decides which use of an id is the first.
@@ -127,14 +130,33 @@ def find_duplicates(
     Raises:
         StorageError: a file cannot be read, or has another number of rows than planned.
     """
-    repeated = _repeated_hashes(files, column)
-    passes = -(-len(repeated) // ids_at_a_time)
-    pieces = np.array_split(repeated, passes) if passes else []
-    found = [pair for hashes in pieces for pair in _compare(files, column, hashes)]
+    by_file = bool(files) and files[0].is_jsonl
+    scopes = [[file] for file in files] if by_file else [files]
+    starts = _starts(files) if by_file else [0]
+
+    def look(scope: Sequence[InputFile]) -> list[tuple[Numbers, Numbers]]:
+        return _repeating_within(scope, column, ids_at_a_time)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [
+            (rows + start, firsts + start)
+            for start, pairs in zip(starts, pool.map(look, scopes), strict=True)
+            for rows, firsts in pairs
+        ]
     rows = _concatenate([rows for rows, _ in found])
     firsts = _concatenate([firsts for _, firsts in found])
     order = np.argsort(rows)
     return Duplicates(tuple(files), rows[order], firsts[order])
+
+
+def _repeating_within(
+    files: Sequence[InputFile], column: str, ids_at_a_time: int
+) -> list[tuple[Numbers, Numbers]]:
+    """(repeating rows, first use of each), counted through ``files``."""
+    repeated = _repeated_hashes(files, column)
+    passes = -(-len(repeated) // ids_at_a_time)
+    pieces = np.array_split(repeated, passes) if passes else []
+    return [pair for hashes in pieces for pair in _compare(files, column, hashes)]
 
 
 def _repeated_hashes(files: Sequence[InputFile], column: str) -> Numbers:

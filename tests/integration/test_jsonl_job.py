@@ -38,7 +38,7 @@ BAD = {
     "invalid_url": batch_line(1002).replace(CHAT, "/v1/embeddings"),
     "model_not_found": batch_line(1003).replace("mini-maverick", "gpt-4o"),
     "invalid_parameter": batch_line(1004).replace('"max_tokens": 20', '"stream": true'),
-    "duplicate_custom_id": batch_line(1006).replace("id-1006", "id-1"),
+    "duplicate_custom_id": batch_line(1006).replace("id-1006", "id-1001"),
     "invalid_messages": batch_line(1007).replace("user", "robot"),
 }
 

@@ -199,8 +199,10 @@ def test_memory_is_a_few_bytes_per_row(tmp_path: Path) -> None:
     assert measured["extra"] < 130  # MB; the ids as Python strings alone would be 100 MB
 
 
-def test_ids_of_batch_lines_are_found_too_and_bad_lines_have_none(tmp_path: Path) -> None:
-    ids: list[list[object]] = [["a", "b", "a", None, 5], ["b", None, "c", 5, "é"], ["é", ""]]
+def test_ids_of_batch_lines_are_unique_within_their_file_and_bad_lines_have_none(
+    tmp_path: Path,
+) -> None:
+    ids: list[list[object]] = [["a", "b", "a", None, 5], ["b", "a", "c", 5, "é", "a"], ["é", ""]]
     files = []
     for number, column in enumerate(ids):
         path = tmp_path / f"{number}.jsonl"
@@ -208,10 +210,8 @@ def test_ids_of_batch_lines_are_found_too_and_bad_lines_have_none(tmp_path: Path
         path.write_bytes(b"\n".join([b"\xef\xbb\xbf", *lines, b'["a"]', b"a\xff", b""]))
         rows = len(column) + 2
         files.append(InputFile(f"file://{path}", path.stat().st_size, "v1", rows, 1))
-    usable = [[each if isinstance(each, str) and each else None for each in c] for c in ids]
-    assert found(find_duplicates(files, "custom_id")) == expected(
-        [[*column, None, None] for column in usable]
-    )
+    assert found(find_duplicates(files, "custom_id")) == {(0, 2): (0, 0), (1, 5): (1, 1)}
+    assert found(find_duplicates(files[1:], "custom_id")) == {(0, 5): (0, 1)}
 
 
 @pytest.mark.parametrize("rows", [2, 4])

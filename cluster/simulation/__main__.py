@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.simulation.driver import measure
+from cluster.simulation.memory import measure_memory
 from cluster.simulation.page import page
 from cluster.simulation.scenarios import BOUND_REPLICAS, study
 from cluster.simulation.validation import measure_driver, validate
@@ -21,6 +22,8 @@ _VALIDATED_REPLICAS = (1, 2)
 _PROCESSES = usable_cpus()
 _DRIVER_ROWS = 1_000_000
 _QUICK_DRIVER_ROWS = 50_000
+_SHARDS_HELD = 1_000_000
+_QUICK_SHARDS_HELD = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = page(
         found,
         driver,
+        measure_memory(_QUICK_SHARDS_HELD if arguments.quick else _SHARDS_HELD),
         validations,
         measure_driver(seed=arguments.seed) if arguments.validate else None,
         command=_command(arguments),

@@ -83,7 +83,7 @@ def measure(rows: int, replicas: int) -> DriverTimes:
     with tempfile.TemporaryDirectory() as folder:
         _commit_all(folder, plan)
         found, listing_s = _cpu(lambda: committed_shards(folder, plan))
-        stats, footers_s = _cpu(lambda: read_stats(folder, sorted(found)))
+        stats, footers_s = _cpu(lambda: list(read_stats(folder, sorted(found))))
         _, totals_s = _cpu(lambda: total(stats))
     return DriverTimes(
         rows=rows,

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from cluster.simulation.cluster import Churn, ClusterSpec
 from cluster.simulation.driver import DriverTimes
+from cluster.simulation.memory import DriverMemory
 from cluster.simulation.policies import FIFO, PIPELINE
 from cluster.simulation.scenarios import (
     GIVEN,
@@ -27,6 +28,7 @@ _MOST_OFF = 0.15
 def page(
     study: Study,
     driver: DriverTimes,
+    memory: DriverMemory,
     validations: Sequence[Validation],
     flow: DriverCost | None,
     *,
@@ -61,6 +63,7 @@ def page(
         churn_seeds=len(study.churn[0]),
         driver=driver,
         driver_table=_driver(driver),
+        memory=memory,
         flow=flow,
         validation=_validation(validations) if validations else "",
     )

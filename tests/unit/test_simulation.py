@@ -18,6 +18,7 @@ from cluster.simulation.cluster import (
 )
 from cluster.simulation.driver import measure
 from cluster.simulation.engine import EngineModel, SimulatedEngine
+from cluster.simulation.memory import DriverMemory, measure_memory
 from cluster.simulation.paced import PacedEngine
 from cluster.simulation.page import page
 from cluster.simulation.policies import FIFO, PIPELINE, Policy
@@ -219,6 +220,7 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
     text = page(
         found,
         measure(20_000, 8),
+        DriverMemory(100_000, 200, 230),
         [Validation(1, 600, 19, 64.0, 80.0)],
         DriverCost((50, 400), 0.005, 0.016),
         command="the command",
@@ -236,6 +238,12 @@ def test_the_page_has_every_run_and_its_pictures(tmp_path: Path) -> None:
         assert f"| **{ours.over_bound:.3f}** | {fifo.over_bound:.3f} |" in text
     pairs = len(found.scale) + len(found.lengths) + len(found.late)
     assert len(told) == 2 * pairs + len(found.tail) + 2 * 4 + 1
+
+
+def test_the_memory_of_a_driver_grows_by_a_few_hundred_bytes_a_shard() -> None:
+    found = measure_memory(100_000)
+    assert found.shards == 100_000
+    assert found.peak_mib - found.imports_mib < 100  # at a million: below 1 GB
 
 
 def test_the_driver_is_measured_on_a_part_for_each_shard() -> None:

@@ -54,6 +54,7 @@ from pipeline.redact import configure_logging
 from pipeline.roster import Snapshot
 from pipeline.roster_actor import RosterActor
 from pipeline.survey import Pick
+from pipeline.threads import bound_threads
 
 log = logging.getLogger(__name__)
 
@@ -406,6 +407,7 @@ def _mapped(
 def _prepare(
     block: pa.Table, spec: PrepareSpec, adjust: Callable[[pa.Table], pa.Table] | None, run: str
 ) -> pa.Table:
+    bound_threads(PREPARE_CPUS)
     configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     logs.name_process(run=run)
     spent = {Step.RAY: _task_cpu.lap()}
@@ -420,6 +422,7 @@ def _prepare(
 
 
 def _count(block: pa.Table, spec: PrepareSpec, rows: Mapping[int, int]) -> pa.Table:
+    bound_threads(PREPARE_CPUS)
     configure_logging(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     picked = spread_rows(block, rows[block_shard(block).index])
     limit = load_prompt_format(spec.model).max_model_len
@@ -449,6 +452,7 @@ def _configure_ray_data(share: float) -> None:
 def _read_block(
     shard: Shard, columns: InputColumns, planned: InputFile, first_uses: Mapping[int, FirstUse]
 ) -> list[pa.Table]:
+    bound_threads(PREPARE_CPUS)
     between = _task_cpu.lap()
     block = input_block(shard, read_shard(shard, columns, planned=planned), first_uses)
     return [with_cpu(block, {Step.READ: _task_cpu.lap(), Step.RAY: between})]

@@ -294,6 +294,7 @@ def prepare_spec(job: Job) -> PrepareSpec:
         fetcher=_fetcher(job),
         renderer=job.renderer,
         model_names=accepted_names(locate_model(profile.model), profile.engine_args),
+        defaults=job.run.defaults,
     )
 
 

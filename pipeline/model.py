@@ -16,9 +16,13 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from pipeline.errors import ConfigError, ErrorCode, RowError
 from pipeline.images import ImageTiling
 from pipeline.profile import is_commit, locate_model
+from pipeline.sampling import SamplingDefaults
+from pipeline.validation import describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +39,11 @@ _BATCH_CHARACTERS = 2**18
 """Characters tokenized at a time, by the memory that tokens take meanwhile."""
 _IMAGE_TOKEN = "<|image|>"
 _PROBE = "content-format-probe"
+_GENERATION = (
+    *("temperature", "top_p", "top_k", "min_p", "max_new_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""Keys of a generation config that vLLM's server takes its sampling defaults from."""
 _GENERAL_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
 """Names in a tokenizer's configuration of transformers' one class around ``tokenizer.json``."""
 
@@ -50,6 +59,10 @@ class ModelSpec:
     """Tokens, prompt and completion together."""
     max_tiles: int | None = None
     """Tiles per image, where the engine's ``mm_processor_kwargs.max_patches`` sets it."""
+    generation_config: str = "auto"
+    """vLLM's argument: where its server's sampling defaults come from."""
+    generation_overrides: tuple[tuple[str, Any], ...] = ()
+    """vLLM's ``override_generation_config``, as far as it is about sampling."""
 
     @classmethod
     def from_engine_args(
@@ -57,7 +70,15 @@ class ModelSpec:
     ) -> ModelSpec:
         """The spec of a profile's model under its engine arguments."""
         processor = engine_args.get("mm_processor_kwargs") or {}
-        return cls(model, revision, engine_args["max_model_len"], processor.get("max_patches"))
+        overrides = engine_args.get("override_generation_config") or {}
+        return cls(
+            model,
+            revision,
+            engine_args["max_model_len"],
+            processor.get("max_patches"),
+            engine_args.get("generation_config", "auto"),
+            tuple((name, overrides[name]) for name in _GENERATION if name in overrides),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +110,8 @@ class PromptFormat:
     """Characters of the longest token: no prompt has fewer tokens than its length over this."""
     vocab_size: int
     """Token ids the model knows: those from 0 to below this."""
+    server_defaults: SamplingDefaults
+    """What vLLM's server would take for a chat that says nothing (``DefaultsOf.SERVER``)."""
 
     def tokenize(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -282,7 +305,24 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
         knows_developer=_knows_developer(tokenizer),
         longest_token=max(map(len, tokenizer.get_vocab())),
         vocab_size=_vocab_size(folder),
+        server_defaults=_server_defaults(folder, spec),
     )
+
+
+def _server_defaults(folder: Path, spec: ModelSpec) -> SamplingDefaults:
+    source = spec.generation_config
+    folder = folder if source == "auto" else Path(source)
+    config = {} if source == "vllm" else _json(folder / "generation_config.json")
+    given = {**config, **dict(spec.generation_overrides)}
+    known = {name: given[name] for name in _GENERATION if given.get(name) is not None}
+    limit = known.pop("max_new_tokens", spec.max_model_len)
+    try:
+        return SamplingDefaults(max_completion_tokens=limit, **known)
+    except ValidationError as error:
+        fault = describe(error, SamplingDefaults)
+        raise ConfigError(
+            f"{folder}/generation_config.json, or override_generation_config: {fault}"
+        ) from None
 
 
 def _tokenizer_class(folder: Path) -> Any:

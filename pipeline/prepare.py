@@ -22,7 +22,7 @@ from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
 from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
-from pipeline.openai_input import BatchLine, read_line
+from pipeline.openai_input import BatchLine, Endpoint, read_line
 from pipeline.plan import FirstUse, Shard
 from pipeline.read import InputColumns
 from pipeline.records import (
@@ -35,6 +35,7 @@ from pipeline.records import (
     read_first_uses,
 )
 from pipeline.sampling import (
+    DefaultsOf,
     Sampling,
     SamplingDefaults,
     offered_tools,
@@ -50,6 +51,7 @@ from pipeline.values import Unreadable, rows_of
 log = logging.getLogger(__name__)
 
 _MAX_IMAGES = 999  # vLLM's own default
+_RAW_COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of /v1/completions
 _NO_SEED = -1  # as in vLLM
 
 
@@ -69,6 +71,8 @@ class PrepareSpec:
     """Most images of one row, checked before any is fetched."""
     renderer: Renderer | None = None
     """Makes requests of rows; None: they are some."""
+    defaults: DefaultsOf = DefaultsOf.PROGRAM
+    """Whose defaults batch lines fall back to; rows of Parquet have the program's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +100,31 @@ class _Asked:
 class _Parameters:
     """Parameters of a block's rows, parsed and resolved once per distinct value."""
 
-    def __init__(self, defaults: SamplingDefaults) -> None:
+    def __init__(
+        self, defaults: SamplingDefaults, bases: Mapping[Endpoint | None, SamplingDefaults]
+    ) -> None:
+        """``bases`` has what ``defaults`` fall back to, by the line's endpoint."""
         self._defaults = defaults
-        self._known: dict[str, _Asked] = {}
+        self._bases = bases
+        self._known: dict[tuple[Endpoint | None, str], _Asked] = {}
 
-    def of(self, given: Any, parse: Callable[[Any], SamplingDefaults]) -> _Asked:
+    def of(
+        self,
+        given: Any,
+        parse: Callable[[Any], SamplingDefaults],
+        endpoint: Endpoint | None = None,
+    ) -> _Asked:
         """What ``given``, a row's own, comes to.
 
         Raises:
             RowError: ``invalid_parameter``.
         """
-        key = repr(given)  # tells apart all that JSON and Arrow know, 1, 1.0, "1" and true too
+        # repr tells apart all that JSON and Arrow know, 1, 1.0, "1" and true too
+        key = (endpoint, repr(given))
         if key not in self._known:
             own = parse(given)
-            self._known[key] = _Asked(own, resolve(self._defaults, own))
+            resolved = resolve(self._defaults, own, self._bases.get(endpoint))
+            self._known[key] = _Asked(own, resolved)
         return self._known[key]
 
 
@@ -141,7 +156,7 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     prompts = load_prompt_format(spec.model)
     shard = block_shard(block)
     rows = _input_rows(block, spec.columns)
-    parameters = _Parameters(spec.sampling)
+    parameters = _Parameters(spec.sampling, _bases(spec, prompts.server_defaults))
     parsed = [
         _parse(number, row, earlier, spec, shard.uri, parameters)
         for (number, row), earlier in zip(rows, read_first_uses(block), strict=True)
@@ -161,10 +176,21 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     return prepared_block(shard, items, carried(block, spec.columns))
 
 
+def _bases(
+    spec: PrepareSpec, server: SamplingDefaults
+) -> Mapping[Endpoint | None, SamplingDefaults]:
+    """What the run's defaults fall back to, by endpoint."""
+    if spec.defaults is DefaultsOf.PROGRAM:
+        return {}
+    short = server.model_copy(update={"max_completion_tokens": _RAW_COMPLETION_TOKENS})
+    return {Endpoint.CHAT: server, Endpoint.COMPLETIONS: short}
+
+
 def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
     """An ``expired`` record for each sample of an input block; nothing is judged or fetched."""
     uri = block_shard(block).uri
-    parameters = _Parameters(spec.sampling)
+    no_limit = SamplingDefaults(max_completion_tokens=spec.model.max_model_len)
+    parameters = _Parameters(spec.sampling, _bases(spec, no_limit))
     return [
         expired
         for number, row in _input_rows(block, spec.columns)
@@ -257,7 +283,8 @@ def _request(
     """What a row, or a line of JSONL, asks for, and its parameters."""
     if line:
         request = line.request(spec.model_names)
-        return request.chat, parameters.of(request.parameters, parse_json_sampling)
+        asked = parameters.of(request.parameters, parse_json_sampling, line.endpoint)
+        return request.chat, asked
     for name, value in row.items():
         if isinstance(value, Unreadable):
             shown = name.removeprefix(ROW_PREFIX)

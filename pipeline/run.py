@@ -42,6 +42,7 @@ from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, is_commit, locate_model
 from pipeline.read import Input
 from pipeline.redact import redacted
+from pipeline.sampling import DefaultsOf
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,11 @@ class Run:
             tuple(frozenset(each["what"]) for each in self.manifest.get("retries", ())),
             unsigned_journals="format" not in self.manifest,
         )
+
+    @property
+    def defaults(self) -> DefaultsOf:
+        """Whose sampling defaults apply; a run keeps those it began with."""
+        return DefaultsOf(self.manifest.get("defaults", DefaultsOf.PROGRAM))
 
     @property
     def pending(self) -> tuple[Shard, ...]:
@@ -351,9 +357,15 @@ def _manifest(
             "rows": sum(file.rows for file in files),
             "fingerprint": fingerprint(files),
         },
+        "defaults": _defaults(files),
         "versions": versions(),
     }
     return dict(redacted(document))
+
+
+def _defaults(files: Sequence[InputFile]) -> DefaultsOf:
+    is_jsonl = any(file.is_jsonl for file in files)
+    return DefaultsOf.SERVER if is_jsonl else DefaultsOf.PROGRAM
 
 
 def versions() -> dict[str, str]:

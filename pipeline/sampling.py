@@ -18,6 +18,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from enum import StrEnum
 from functools import cached_property, lru_cache
 from types import NoneType
 from typing import Annotated, Any, get_args
@@ -44,6 +45,16 @@ _MAX_BAD_WORDS = 128  # vLLM's limit
 _MAX_STOP_TOKENS = 1_000
 _MAX_QUOTED = 200  # characters of a value in an error
 DEFAULT_COMPLETION_TOKENS = 256  # vLLM's own default, 16, surprises everyone
+
+
+class DefaultsOf(StrEnum):
+    """Whose defaults apply where neither the request nor the config says anything."""
+
+    PROGRAM = "program"
+    """Those of ``Sampling``: temperature 1, 256 tokens."""
+    SERVER = "server"
+    """Those of vLLM's server: the model's ``generation_config.json``, and completions up to the end
+    of the context, or of 16 tokens for a raw prompt."""
 
 
 def _own_tokens(value: Any) -> Any:
@@ -284,14 +295,17 @@ def parse_json_sampling(value: Any) -> SamplingDefaults:
         raise RowError(ErrorCode.INVALID_PARAMETER, _describe(error)) from None
 
 
-def resolve(defaults: SamplingDefaults, row: SamplingDefaults) -> Sampling:
-    """``row`` over ``defaults`` over OpenAI's own defaults. ``seed`` is resolved elsewhere.
+def resolve(
+    defaults: SamplingDefaults, row: SamplingDefaults, base: SamplingDefaults | None = None
+) -> Sampling:
+    """``row`` over ``defaults`` over ``base`` over OpenAI's own defaults. ``seed`` is resolved
+    elsewhere.
 
     Raises:
         RowError: ``invalid_parameter``: they do not go together.
     """
     merged: dict[str, Any] = {}
-    for source in (defaults, row):
+    for source in (base or SamplingDefaults(), defaults, row):
         given = source.model_dump(exclude_none=True, include=_MERGED)
         if source.max_tokens is not None:
             _warn_of_max_tokens()

@@ -21,6 +21,9 @@ from pipeline.config import (
 )
 from pipeline.dates import check_date, with_date
 
+_NEUTRAL = {"generation_config": "vllm"}
+"""lm-eval's parameters are whole: what it leaves out is not the model's to choose."""
+
 
 class TaskSection(Section):
     """One task or group of lm-eval, its data, and how it is asked."""
@@ -99,6 +102,8 @@ class EvaluateConfig(Section):
             input=InputSection(uri=feed),
             output=self.output,
             seed=self.seed,
-            engine=self.engine,
+            engine=self.engine.model_copy(
+                update={"overrides": {**_NEUTRAL, **self.engine.overrides}}
+            ),
             limits=self.limits,
         )

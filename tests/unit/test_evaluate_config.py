@@ -32,6 +32,7 @@ def test_the_run_is_nightlys_with_the_feed_as_its_input(tmp_path: Path) -> None:
     assert (job.input.uri, job.output.uri, job.seed) == ("s3://b/run/_feed/x.jsonl", "out", 4)
     assert (job.name, job.limits.max_error_rate) == ("evaluate", 0.2)
     assert job.sampling.model_dump(exclude_none=True) == {}  # tasks say how they sample
+    assert job.engine.overrides == {"generation_config": "vllm"}  # and the model does not
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,21 @@ import pytest
 from PIL import Image
 
 from cluster.models.mini_maverick import CHAT_TEMPLATE, CHECKPOINT
-from pipeline.errors import RowError
+from pipeline.errors import ConfigError, RowError
 from pipeline.fetch import ImageFetcher
 from pipeline.model import ModelSpec, batched_by_size, load_prompt_format
 from pipeline.plan import FirstUse, Shard
 from pipeline.prepare import PrepareSpec, prepare_block
 from pipeline.read import InputColumns, open_input, read_shard
 from pipeline.records import Failure, Prepared, carried_columns, input_block, read_prepared
-from pipeline.sampling import SamplingDefaults
+from pipeline.sampling import DefaultsOf, SamplingDefaults
 from pipeline.seeds import derive_seed
 from pipeline.template import Renderer, RequestTemplate
 from pipeline.tools import Choice, ToolUse
 from tests.chats import TEXTS
 
 MODEL = ModelSpec("cluster/models/mini-maverick", None, max_model_len=512)
+RUNS = SamplingDefaults(temperature=0.5)
 LONG = ModelSpec(MODEL.model, None, max_model_len=4096)
 REQUEST = {name: name for name in ("custom_id", "prompt", "messages", "images", "sampling")}
 
@@ -79,19 +80,26 @@ def prepare_table(
     return read_prepared(block)
 
 
-def prepare_lines(tmp_path: Path, *lines: bytes) -> list[Prepared | Failure]:
+def prepare_lines(
+    tmp_path: Path,
+    *lines: bytes,
+    model: ModelSpec = MODEL,
+    sampling: SamplingDefaults = RUNS,
+    defaults: DefaultsOf = DefaultsOf.PROGRAM,
+) -> list[Prepared | Failure]:
     """What a JSONL file of these lines becomes."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     found = open_input(str(path), renamed={}, carry=None)
     spec = PrepareSpec(
-        model=MODEL,
+        model=model,
         columns=found.columns,
-        sampling=SamplingDefaults(temperature=0.5),
+        sampling=sampling,
         run_seed=7,
         max_image_pixels=10**6,
         fetcher=ImageFetcher(f"file://{tmp_path}", 10**6, 4),
         model_names=("mini-maverick",),
+        defaults=defaults,
     )
     shard = Shard(0, found.files[0].uri, 0, len(lines), 0, path.stat().st_size)
     block = prepare_block(input_block(shard, read_shard(shard, found.columns)), spec=spec)
@@ -351,6 +359,66 @@ def test_a_raw_prompt_that_begins_with_the_bos_gets_no_second_one(tmp_path: Path
     lines = (batch_line(f"{i}", "/v1/completions", prompt=t) for i, t in enumerate(texts))
     ids = [list(good(item).token_ids) for item in prepare_lines(tmp_path, *lines)]
     assert ids == [[256, 97, 98], [256, 97, 98], [256, 256, 97, 98]]
+
+
+def with_generation_config(tmp_path: Path, **values: Any) -> str:
+    """A copy of mini-Maverick's small files whose generation config has ``values``."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in CHECKPOINT.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return str(folder)
+
+
+Given = dict[str, Any]
+ASKED_OF_THE_SERVER: list[tuple[Given, Given, Given, tuple[float, float, int]]] = [
+    # engine arguments, the config's sampling, the line's, what a chat comes to
+    ({}, {}, {}, (0.6, 0.9, 512)),
+    ({}, {"max_completion_tokens": 99}, {}, (0.6, 0.9, 99)),
+    ({}, {"temperature": 0.1}, {"max_tokens": 7}, (0.1, 0.9, 7)),
+    ({"generation_config": "vllm"}, {}, {}, (1.0, 1.0, 512)),
+    ({"override_generation_config": {"top_p": 0.3, "x": 1}}, {}, {}, (0.6, 0.3, 512)),
+    ({"override_generation_config": {"max_new_tokens": 50}}, {}, {}, (0.6, 0.9, 50)),
+]
+
+
+def test_a_line_that_says_nothing_gets_what_vllms_server_takes(tmp_path: Path) -> None:
+    model = with_generation_config(tmp_path, temperature=0.6, top_p=0.9, top_k=None)
+    for arguments, run, own, expected in ASKED_OF_THE_SERVER:
+        spec = ModelSpec.from_engine_args(model, None, {"max_model_len": 512, **arguments})
+        turns = [{"role": "user", "content": "Hi"}]
+        chat, raw = prepare_lines(
+            tmp_path,
+            batch_line("a", messages=turns, **own),
+            batch_line("b", "/v1/completions", prompt="Hi", **own),
+            model=spec,
+            sampling=SamplingDefaults.model_validate(run),
+            defaults=DefaultsOf.SERVER,
+        )
+        asked = [good(item).sampling for item in (chat, raw)]
+        limits = {"max_completion_tokens", "max_tokens"} & {*run, *own}
+        short = (*expected[:2], expected[2] if limits else 16)
+        assert [(each.temperature, each.top_p, each.max_completion_tokens) for each in asked] == [
+            expected,
+            short,
+        ]
+
+
+def test_a_run_of_an_earlier_version_keeps_its_own_defaults(tmp_path: Path) -> None:
+    model = ModelSpec(with_generation_config(tmp_path, temperature=0.6), None, 512)
+    line = batch_line("a", messages=[{"role": "user", "content": "Hi"}])
+    (item,) = prepare_lines(tmp_path, line, model=model, sampling=SamplingDefaults())
+    asked = good(item).sampling
+    assert (asked.temperature, asked.max_completion_tokens) == (1.0, 256)
+
+
+def test_a_generation_config_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    model = with_generation_config(tmp_path, temperature=7.0)
+    with pytest.raises(ConfigError, match=r"generation_config\.json.*temperature.* = 7\.0"):
+        load_prompt_format(ModelSpec(model, None, 512))
 
 
 def test_images_of_a_line_are_read_from_data_urls_and_files(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.plan import FirstUse
 from pipeline.profile import load_profile
 from pipeline.read import open_input
 from pipeline.run import Run, open_run, planned_files
+from pipeline.sampling import DefaultsOf
 
 FOREIGN = {"_lease.json", "notes.txt", "data/readme.md", "more/data/part-000000.parquet"}
 """What a run folder may hold that no new run may touch."""
@@ -184,6 +185,18 @@ def test_a_run_of_a_version_with_fewer_request_parameters_may_resume(folder: Pat
     assert settle(folder, sampling={"temperature": 0.5}).exists
     with pytest.raises(RunMismatchError, match=r"another sampling\.min_tokens: null there, 2 here"):
         settle(folder, sampling={"temperature": 0.5, "min_tokens": 2})
+
+
+@pytest.mark.parametrize("saved", [None, "program", "server"])
+def test_a_resumed_run_keeps_the_defaults_it_began_with(folder: Path, saved: str | None) -> None:
+    new = settle(folder)
+    assert new.defaults is DefaultsOf.PROGRAM
+    new.start()
+    document = manifest(folder)
+    del document["defaults"]  # as runs of an earlier version, and then another's
+    document |= {"defaults": saved} if saved else {}
+    (folder / "out" / "run.json").write_text(json.dumps(document))
+    assert settle(folder).defaults is DefaultsOf(saved or "program")
 
 
 def test_a_missing_part_takes_the_end_marker_away_until_it_is_back(folder: Path) -> None:
@@ -520,6 +533,7 @@ def test_a_resume_of_jsonl_trusts_the_plan_and_reads_no_line(tmp_path: Path) -> 
     assert [shard.first_byte for shard in first.plan.shards] == [0, 57, 114, 171]
     assert len(first.duplicates) == 9
     first.start()
+    assert first.defaults is DefaultsOf.SERVER
     status = path.stat()
     path.write_bytes(b"\0" * status.st_size)  # whoever looked inside would find another input
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -216,3 +216,11 @@ def test_a_row_may_offer_no_tools_where_the_run_offers_some() -> None:
     run = SamplingDefaults.model_validate({"tools": [tool]})
     assert resolve(run, SamplingDefaults()).tool_use is not None
     assert resolve(run, parse_row_sampling({"tools": []})).tool_use is None
+
+
+def test_what_the_server_would_take_is_behind_the_runs_and_the_rows() -> None:
+    base = SamplingDefaults(temperature=0.6, top_p=0.9, max_completion_tokens=4096)
+    row = parse_row_sampling({"temperature": 0.1})
+    resolved = resolve(SamplingDefaults(top_p=0.5), row, base)
+    assert (resolved.temperature, resolved.top_p) == (0.1, 0.5)
+    assert resolved.max_completion_tokens == 4096

@@ -27,6 +27,7 @@ from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.jsonl import iterate_rows
 from pipeline.openai_input import read_line
+from pipeline.parquet import open_parquet
 from pipeline.plan import FirstUse, InputFile, Shard
 from pipeline.values import Unreadable, python_values
 
@@ -251,7 +252,7 @@ def _read_ids(file: InputFile, column: str) -> Iterator[tuple[int, list[str | No
 def _read_column(file: InputFile, column: str) -> Iterator[tuple[int, list[str | None]]]:
     first = 0
     with storage.open_input(file.uri) as handle:
-        parquet = pq.ParquetFile(handle, buffer_size=_READ_BUFFER, pre_buffer=False)
+        parquet = open_parquet(handle, buffer=_READ_BUFFER)
         _check_rows(file, parquet.metadata.num_rows)
         if column not in parquet.schema_arrow.names:
             return

@@ -9,7 +9,7 @@ that a file of one row group, as pandas writes it, costs a shard its own bytes a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,28 @@ _BUFFER_BYTES = (64 * 2**10, 4 * 2**20)
 """Least and most that one column reads at a time."""
 
 
+def open_parquet(
+    source: Any, *, buffer: int = 0, metadata: pq.FileMetaData | None = None
+) -> pq.ParquetFile:
+    """A Parquet file of the input; every reader of it sees the same types.
+
+    Old times of Spark and Hive (INT96) are taken in microseconds: in nanoseconds, years before 1677
+    and after 2262, which stand for "always" in many tables, would silently become others.
+
+    Args:
+        source: what to read.
+        buffer: bytes that each column reads at a time; 0: a row group's columns at once.
+        metadata: its footer, if it was read before.
+    """
+    return pq.ParquetFile(
+        source,
+        metadata=metadata,
+        buffer_size=buffer,
+        pre_buffer=not buffer,
+        coerce_int96_timestamp_unit="us",
+    )
+
+
 class ParquetRows:
     """The wanted rows of one file, streaming through the row groups that hold them."""
 
@@ -40,15 +62,13 @@ class ParquetRows:
                 first one is read, so that its rows are counted.
         """
         shared = pa.PythonFile(handle, mode="r")  # one lock for both ways to read
-        self._whole = pq.ParquetFile(shared, pre_buffer=True)
+        self._whole = open_parquet(shared)
         self._metadata = self._whole.metadata
         schema = self._whole.schema_arrow
         self._columns = sorted(set(wanted) & set(schema.names)) or schema.names[:1]
         least, most = _BUFFER_BYTES
         buffer = min(most, max(least, _BUFFERED_BYTES // max(1, len(self._columns))))
-        self._paged = pq.ParquetFile(
-            shared, metadata=self._metadata, pre_buffer=False, buffer_size=buffer
-        )
+        self._paged = open_parquet(shared, buffer=buffer, metadata=self._metadata)
         self._schema = pa.schema([schema.field(column) for column in self._columns])
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.RecordBatch | None = None

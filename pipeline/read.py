@@ -27,7 +27,7 @@ from pipeline.input_files import Form, LeftOut, form_by_suffix, list_input, stra
 from pipeline.jsonl import read_rows, row_offsets
 from pipeline.near_misses import near_misses
 from pipeline.openai_input import URL_COLUMN, read_line
-from pipeline.parquet import ParquetRows, extents_of
+from pipeline.parquet import ParquetRows, extents_of, open_parquet
 from pipeline.plan import Extents, InputFile, Offsets, Shard
 from pipeline.template import ROW_PREFIX
 from pipeline.values import is_json
@@ -191,7 +191,8 @@ def open_input(
     }
     files = tuple(file for file, _, _ in footers)
     extents = {file.uri: extents for file, _, extents in footers}
-    columns = _settle_columns(schemas, renamed, carry, template)
+    held = {file.uri: schemas[file.uri] for file in files if file.rows}
+    columns = _settle_columns(held or schemas, renamed, carry, template)
     names = frozenset(name for schema in schemas.values() for name in schema.names)
     near = () if carry is not None or template is not None else _near_misses(columns, names)
     return Input(files, columns, folders, searched, {}, names, listing.left_out, extents, near)
@@ -402,7 +403,7 @@ def _with_partition(
 def _footer(entry: storage.FileEntry) -> tuple[InputFile, pa.Schema, Extents]:
     try:
         with storage.open_input(entry.uri) as handle:
-            parquet = pq.ParquetFile(handle)
+            parquet = open_parquet(handle)
             metadata, schema = parquet.metadata, parquet.schema_arrow
     except (FileNotFoundError, StorageError, pa.ArrowException) as error:
         what = _told_content(entry.uri) or f"is not a readable Parquet file: {error}"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.parquet import open_parquet
 from pipeline.plan import InputFile
 
 T = TypeVar("T")
@@ -130,7 +131,7 @@ def reading(file: InputFile) -> Iterator[pq.ParquetFile]:
     """
     try:
         check_unchanged(file)
-        with storage.open_input(file.uri) as handle, pq.ParquetFile(handle) as parquet:
+        with storage.open_input(file.uri) as handle, open_parquet(handle) as parquet:
             yield parquet
     except FileNotFoundError:
         raise StorageError(f"{file.uri}: is gone since the run was planned; put it back") from None
@@ -161,5 +162,6 @@ def batches(
     average = sum(group.total_byte_size for group in sizes) // max(1, metadata.num_rows)
     size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, average)))
     read = list(columns) or parquet.schema_arrow.names[:1]  # without columns there are no rows
-    for batch in parquet.iter_batches(size, row_groups=chosen, columns=read):
-        yield pa.Table.from_batches([batch]).select(columns)
+    for group in chosen:  # of all that are asked for at once, the bytes are fetched at once
+        for batch in parquet.iter_batches(size, row_groups=[group], columns=read):
+            yield pa.Table.from_batches([batch]).select(columns)

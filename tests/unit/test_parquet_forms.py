@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,23 @@ def test_a_file_without_rows_or_row_groups_is_read_as_empty(tmp_path: Path, grou
     assert len(good(prepare(tmp_path / "in", tmp_path))) == 1
     (tmp_path / "in" / "b.parquet").unlink()
     assert prepare(tmp_path / "in", tmp_path) == []
+
+
+def test_a_file_without_rows_may_have_columns_of_any_type(tmp_path: Path) -> None:
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"], "label": ["x"]}))
+    empty = pa.table({"prompt": pa.array([], pa.float64()), "more": pa.nulls(0)})
+    store(tmp_path / "in", "b.parquet", empty)  # as pandas writes a frame without rows
+    assert len(good(prepare(tmp_path / "in", tmp_path))) == 1
+
+
+def test_old_times_of_spark_are_those_that_were_written(tmp_path: Path) -> None:
+    moments = [datetime(1, 1, 1), datetime(1500, 1, 1), datetime(9999, 12, 31), None]
+    table = pa.table({"prompt": ["?"] * 4, "label": pa.array(moments, pa.timestamp("us"))})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in" / "a.parquet", use_deprecated_int96_timestamps=True)
+    good(prepare(tmp_path / "in", tmp_path))
+    parts = [pq.read_table(part_uri(f"{tmp_path}/out", index)) for index in range(2)]
+    assert [each for part in parts for each in part.column("label").to_pylist()] == moments
 
 
 @pytest.mark.parametrize(

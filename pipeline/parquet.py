@@ -1,9 +1,10 @@
 """parquet: rows of one Parquet file, a row group at a time, and how large its parts are.
 
-In: an open file. Out: tables of ranges of rows; bytes by row, for the planner. A row group below
-``_WHOLE_BYTES`` is fetched at once, its columns side by side. A larger one is streamed page by page
-(a page is the least that can be read: pyarrow's own hold 1,024 rows, other writers' some 1 MiB), so
-that a file of one row group, as pandas writes it, costs a shard its own bytes and not the file.
+In: an open file. Out: tables of ranges of rows; bytes by row, for the planner. A small row group
+(``_WHOLE_BYTES``) is fetched at once, its columns side by side, with others like it. A larger one
+is streamed page by page (a page is the least that can be read: pyarrow's own hold 1,024 rows, other
+writers' some 1 MiB), so that a file of one row group, as pandas writes it, costs a shard its own
+bytes and not the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _BATCH_BYTES = 32 * 2**20
 """Of rows that are decoded at a time, by their group's average."""
 _WHOLE_BYTES = 32 * 2**20
 """Of the wanted columns of one row group, as stored."""
+_TOGETHER_BYTES = 4 * 2**20
+"""Of small row groups that are fetched at once: each request takes its time."""
 _BUFFERED_BYTES = 32 * 2**20
 """Read ahead by all columns of a streamed row group together."""
 _BUFFER_BYTES = (64 * 2**10, 4 * 2**20)
@@ -99,17 +102,35 @@ class ParquetRows:
         return pa.Table.from_batches(kept, schema=self._schema)
 
     def _read_groups(self, first: int, rows: int) -> Iterator[pa.RecordBatch]:
-        """Batches from the row group ``first`` on; one group is asked for at a time, as those that
-        are fetched at once would all be."""
-        for number in range(first, self._metadata.num_row_groups):
-            group = self._metadata.row_group(number)
-            by_size = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-            file = self._whole if self._stored_bytes(group) <= _WHOLE_BYTES else self._paged
+        """Batches from the row group ``first`` on. What is asked for at once is fetched at once, so
+        it is one group, or some small ones."""
+        for numbers in self._portions(first):
+            groups = [self._metadata.row_group(number) for number in numbers]
+            stored = sum(map(self._stored_bytes, groups))
+            by_size = [
+                _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+                for group in groups
+                if group.num_rows
+            ]
+            file = self._whole if stored <= _WHOLE_BYTES else self._paged
             yield from file.iter_batches(
-                batch_size=max(1, min(_MAX_BATCH_ROWS, rows, by_size)),
-                row_groups=[number],
+                batch_size=max(1, min(_MAX_BATCH_ROWS, rows, *by_size)),
+                row_groups=numbers,
                 columns=self._columns,
             )
+
+    def _portions(self, first: int) -> Iterator[list[int]]:
+        portion: list[int] = []
+        held = 0
+        for number in range(first, self._metadata.num_row_groups):
+            size = self._stored_bytes(self._metadata.row_group(number))
+            if portion and held + size > _TOGETHER_BYTES:
+                yield portion
+                portion, held = [], 0
+            portion.append(number)
+            held += size
+        if portion:
+            yield portion
 
     def _stored_bytes(self, group: pq.RowGroupMetaData) -> int:
         chunks = (group.column(number) for number in range(group.num_columns))

@@ -23,10 +23,12 @@ class CountedFile(AbstractBufferedFile):
     """A file that fetches ranges, as an object store's, and counts their bytes."""
 
     fetched = 0
+    requests = 0
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         data = Path(self.path).read_bytes()[start:end]
         CountedFile.fetched += len(data)
+        CountedFile.requests += 1
         return data
 
 
@@ -48,7 +50,7 @@ class CountedFiles(AbstractFileSystem):
 @pytest.fixture
 def fetched() -> type[CountedFile]:
     fsspec.register_implementation("counted", CountedFiles, clobber=True)
-    CountedFile.fetched = 0
+    CountedFile.fetched = CountedFile.requests = 0
     return CountedFile
 
 
@@ -88,15 +90,22 @@ def test_going_on_through_a_large_row_group_fetches_nothing_twice(
     assert fetched.fetched < 1.1 * (tmp_path / "a.parquet").stat().st_size
 
 
-def test_small_row_groups_are_fetched_one_by_one(
+def test_small_row_groups_are_fetched_a_few_at_a_time(
     tmp_path: Path, fetched: type[CountedFile]
 ) -> None:
-    table = pa.table({"prompt": [random.Random(n).randbytes(10_000).hex() for n in range(400)]})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
+    table = pa.table({"prompt": [random.Random(n).randbytes(10_000).hex() for n in range(800)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert size > 7 * 2**20
     found = open_input(f"{tmp_path}/a.parquet", renamed={}, carry=None)
     read = read_shard(Shard(0, f"counted://{tmp_path}/a.parquet", 25, 5), found.columns)
     assert read.equals(table.slice(25, 5))
-    assert fetched.fetched < 2**20  # of 8 MB: a footer and one group
+    assert fetched.fetched < 5 * 2**20
+    fetched.fetched = fetched.requests = 0
+    read = read_shard(Shard(0, f"counted://{tmp_path}/a.parquet", 0, 800), found.columns)
+    assert read.equals(table)
+    assert fetched.fetched < 1.1 * size
+    assert fetched.requests < 10  # for 80 row groups
 
 
 def test_a_file_that_is_sorted_by_size_is_cut_by_its_row_groups(tmp_path: Path) -> None:

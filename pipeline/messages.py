@@ -115,9 +115,9 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
     sources = [_image_source(item, f"images[{index}]") for index, item in enumerate(images or ())]
     if messages is None or (messages in ("", []) and prompt):
         return _from_prompt(prompt, sources)
-    if prompt not in (None, ""):
-        raise _invalid("give prompt or messages, not both")
     turns = _load(messages)
+    if prompt not in (None, "") and not any(_repeats(turn, prompt) for turn in turns):
+        raise _invalid("give prompt or messages, not both: leave one of them null")
     attached: list[ImageSource] = []
     unused = list(sources)
     chat = [_turn(turn, index, unused, attached) for index, turn in enumerate(turns)]
@@ -129,6 +129,11 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
     if not any(_says_something(turn) for turn in chat):
         raise _invalid("the prompt is empty: no message has any text or image")
     return Chat(chat, tuple(attached))
+
+
+def _repeats(turn: Any, prompt: Any) -> bool:
+    """Whether a message is the prompt once more, as in chat sets that have both columns."""
+    return isinstance(turn, Mapping) and turn.get("content") == prompt
 
 
 def _from_prompt(prompt: Any, images: list[ImageSource]) -> Chat:

@@ -29,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from pipeline import __version__, storage
 from pipeline.commit import Destination, committed_shards, part_number
@@ -42,7 +43,8 @@ from pipeline.plan import InputFile, Plan, Shard, fingerprint, make_plan
 from pipeline.profile import EngineProfile, is_commit, locate_model
 from pipeline.read import Input
 from pipeline.redact import redacted
-from pipeline.sampling import DefaultsOf
+from pipeline.sampling import DefaultsOf, SamplingDefaults
+from pipeline.template import RequestTemplate
 
 log = logging.getLogger(__name__)
 
@@ -385,10 +387,10 @@ def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     config = manifest["config"]
     return {
         "input.columns": config["input"]["columns"],
-        "input.template": config["input"].get("template"),
+        "input.template": _with_defaults(RequestTemplate, config["input"].get("template")),
         "output.carry": config["output"]["carry"],
         "seed": config["seed"],
-        "sampling": {key: given for key, given in config["sampling"].items() if given is not None},
+        "sampling": _with_defaults(SamplingDefaults, config["sampling"]),
         "model": _model_identity(manifest["model"]),
     }
 
@@ -402,9 +404,18 @@ def _model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_defaults(model: type[BaseModel], saved: Mapping[str, Any] | None) -> Any:
+    """A section as an earlier version saved it, with defaults for the fields that are new since."""
+    if saved is None:
+        return None
+    fields = model.model_fields.items()
+    defaults = {name: field.get_default() for name, field in fields if not field.is_required()}
+    return {**defaults, **saved}
+
+
 def _changed_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     theirs, ours = _identity(saved), _identity(wanted)
-    return [key for key in ours if theirs[key] != ours[key]]
+    return [key for key in ours if any(_differences(key, theirs[key], ours[key]))]
 
 
 def _check_acceptable(keys: Collection[str]) -> None:
@@ -431,12 +442,14 @@ def _check_same(
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[str]:
-    """``another KEY: OLD there, NEW here``; of objects, just the keys that differ."""
+    """``another KEY: OLD there, NEW here``; of objects, just the keys that differ.
+
+    An absent key is null.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
-            if old.get(name) != new.get(name):
-                yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
-    else:
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
         yield f"another {key}: {json.dumps(old)} there, {json.dumps(new)} here"
 
 

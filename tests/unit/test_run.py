@@ -105,6 +105,22 @@ def test_a_started_run_is_found_again_with_its_saved_plan(folder: Path) -> None:
     assert again.pending == first.plan.shards
 
 
+def test_what_an_earlier_version_did_not_save_stands_at_its_default(folder: Path) -> None:
+    """Fields of sampling and template that were added since, whatever their defaults are."""
+    template = {"prompt": "{{ prompt }}"}
+    source = {"uri": str(folder / "in"), "template": template}
+    settle(folder, input=source).start()
+    document = manifest(folder)
+    del document["config"]["sampling"]["top_k"]
+    del document["config"]["input"]["template"]["requires_id"]
+    (folder / "out" / "run.json").write_text(json.dumps(document))
+    assert settle(folder, input=source).exists
+    with pytest.raises(
+        RunMismatchError, match=r"another input\.template\.requires_id: false there"
+    ):
+        settle(folder, input={**source, "template": {**template, "requires_id": True}})
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -34,6 +34,7 @@ from pipeline.read import Input, open_input
 from pipeline.replica import ReplicaLimits
 from pipeline.report import Result, RunStatus, total
 from pipeline.run import Run, check_not_emptied, open_run, planned_files
+from pipeline.sampling import DefaultsOf
 from pipeline.template import Renderer
 from pipeline.web import WebReader
 
@@ -244,6 +245,7 @@ def describe(job: Job) -> Result:
             images.tiling.max_tiles,
         )
     _describe_concurrency(job.profile)
+    _describe_lengths(job)
     return Result(
         status=RunStatus.DRY_RUN,
         run=run.uri,
@@ -265,6 +267,17 @@ def _describe_concurrency(profile: EngineProfile) -> None:
             longest,
             fitting,
             " per data-parallel rank" if profile.data_parallel_size > 1 else "",
+        )
+
+
+def _describe_lengths(job: Job) -> None:
+    sampling = job.config.sampling
+    limit = sampling.max_completion_tokens or sampling.max_tokens
+    if job.run.defaults is DefaultsOf.SERVER and limit is None:
+        log.info(
+            "lines without max_tokens may go on to the end of the context (max_model_len, %d "
+            "tokens); sampling.max_completion_tokens is a limit for them",
+            job.profile.engine_args["max_model_len"],
         )
 
 

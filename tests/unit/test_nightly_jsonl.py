@@ -1,6 +1,7 @@
 """How a run of batch JSONL ends, with its parts there already: no Ray, no engine is started."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from jobs.settle import Options, describe, settle
 from pipeline.commit import Destination, commit_outcomes
 from pipeline.config import load_config
+from pipeline.engine import VLLMEngine
 from pipeline.profile import load_profile
 from pipeline.read import open_input
 from pipeline.records import Completion
@@ -94,3 +97,19 @@ def test_a_batch_without_lines_ends_with_empty_files(config: Path, content: byte
     assert (config.parent / "out" / "output.jsonl").read_bytes() == b""
     assert (config.parent / "out" / "errors.jsonl").read_bytes() == b""
     assert (config.parent / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_a_dry_run_says_how_long_lines_without_a_limit_may_get(
+    config: Path, caplog: pytest.LogCaptureFixture, limit: int | None
+) -> None:
+    (config.parent / "in" / "a.jsonl").write_text("{}\n")
+    job = settle(
+        load_config(config, [f"sampling.max_completion_tokens={limit}"] if limit else []),
+        Options(dry_run=True),
+        VLLMEngine,
+    )
+    with caplog.at_level(logging.INFO):
+        describe(job)
+    said = "lines without max_tokens may go on to the end of the context (max_model_len, "
+    assert any(said in each.getMessage() for each in caplog.records) is (limit is None)

@@ -74,7 +74,7 @@ _REQUEST_TYPES: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
         "a list of structs, or a JSON string",
     ),
     "images": (
-        lambda kind: _is_image(kind) or _is_list_of(kind, _is_image),
+        lambda kind: _is_image(kind) or is_json(kind) or _is_list_of(kind, _is_image),
         "binary, a URI string, a struct<bytes, path>, or a list of those",
     ),
     "sampling": (
@@ -513,14 +513,14 @@ def _within(uri: str, column: str, limit: int) -> bool:
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     chunks = (group.column(n) for group in groups for n in range(group.num_columns))
     found = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
-    return all(
-        each is not None
-        and (
-            each.null_count == each.num_values + each.null_count != 0
-            or (each.has_min_max and max(abs(each.min_raw), abs(each.max_raw)) <= limit)
-        )
-        for each in found
-    )
+    return all(each is not None and _are_within(each, limit) for each in found)
+
+
+def _are_within(found: pq.Statistics, limit: int) -> bool:
+    if found.num_values == 0:  # all are null
+        return True
+    bounds = (found.min_raw, found.max_raw) if found.has_min_max else ()
+    return len(bounds) > 0 and all(isinstance(n, int) and abs(n) <= limit for n in bounds)
 
 
 def _carried(schema: pa.Schema, request: Mapping[str, str]) -> list[str]:

@@ -235,6 +235,11 @@ STRUCT = [{"a": 1, "b": "x"}, None, {"a": None, "b": "y"}]
             pa.array([NOON], pa.timestamp("us", "UTC")),
             pa.timestamp("us", "UTC"),
         ),
+        (
+            pa.array([None, None], pa.timestamp("us")),
+            pa.array([NOON], pa.timestamp("ns")),
+            pa.timestamp("ns"),
+        ),
         (pa.array([time(1)], pa.time32("ms")), pa.array([time(2)]), pa.time64("us")),
         (pa.array([LIST[0]]), pa.array(LIST, pa.list_(pa.int8(), 2)), pa.list_(pa.int64())),
         (pa.array(LIST, pa.large_list(pa.int8())), pa.array(LIST), pa.large_list(pa.int64())),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import uuid
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -275,6 +276,25 @@ def test_json_columns_are_read_as_the_values_they_hold(
     assert tokens(list(items)) == expected
     assert [item.custom_id for item in items] == ["a", "2", "a.parquet:2"]
     assert items[0].sampling.max_completion_tokens == 7
+
+
+def test_a_json_list_of_images_is_one(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png())
+    table = pa.table({"prompt": ["?"] * 2, "images": as_json([["a.png"], [{"path": "a.png"}]])})
+    store(tmp_path / "in", "a.parquet", table)
+    assert [item.images for item in good(prepare(tmp_path / "in", tmp_path))] == [(png(),)] * 2
+
+
+def test_an_id_of_an_extension_type_is_its_value_as_text(tmp_path: Path) -> None:
+    ids = [uuid.UUID(int=7), None, uuid.UUID(int=7)]
+    stored = pa.array([each and each.bytes for each in ids], pa.binary(16))
+    column = pa.ExtensionArray.from_storage(pa.uuid(), stored)
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"] * 3, "custom_id": column}))
+    items = prepare(tmp_path / "in", tmp_path)
+    assert [item.custom_id for item in items[:2]] == [str(ids[0]), "a.parquet:1"]
+    found = open_input(str(tmp_path / "in"), renamed={}, carry=None)
+    assert list(find_duplicates(found.files, "custom_id").rows) == [2]
 
 
 def test_a_json_prompt_is_its_text(tmp_path: Path) -> None:

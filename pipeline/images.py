@@ -17,8 +17,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 
 from pipeline.errors import ErrorCode, RowError
+from pipeline.image_headers import count_passes
 
 Image.MAX_IMAGE_PIXELS = None  # limits.max_image_pixels is checked instead, with a clear error
 
@@ -26,6 +28,8 @@ FORMATS = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 """What may be opened, for people. Pillow's other readers are never tried."""
 _PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF")
 """By Pillow's names; its JPEG reader opens MPO, as phones write, too."""
+_MOST_PASSES = 32
+"""Of ``limits.max_image_pixels``, some 3 s; a progressive JPEG has about ten scans."""
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
@@ -91,15 +95,22 @@ def image_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels after EXIF rotation, from the header alone.
 
     Raises:
-        RowError: ``image_invalid`` if no image can be recognised, ``image_too_large``.
+        RowError: ``image_invalid`` if no image can be recognised, or decoding would cost much more
+            than its pixels do; ``image_too_large``.
     """
+    passes = count_passes(data)
     if canvas := _webp_canvas(data):
         _check_pixels(*canvas, max_pixels)  # Pillow allocates it on opening
     with _reading(data) as image:
         width, height = image.size
         _check_pixels(width, height, max_pixels)
+        if isinstance(image, TiffImageFile):
+            _check_tile(image, max_pixels)
         # of TIFF, Pillow's size is the rotated one already
         swapped = image.format != "TIFF" and _orientation(image) in _EXIF_SWAPS_SIDES
+    if width * height * passes > _MOST_PASSES * max_pixels:
+        reason = f"{passes} scans of {width}x{height} pixels"
+        raise RowError(ErrorCode.IMAGE_INVALID, f"image has {reason}: it would take too long")
     return (height, width) if swapped else (width, height)
 
 
@@ -149,6 +160,17 @@ def _orientation(image: Image.Image) -> int | None:
         value: int | None = Image.Image.getexif(image).get(_EXIF_ORIENTATION)
         return value
     return None
+
+
+def _check_tile(image: TiffImageFile, max_pixels: int) -> None:
+    """A tile is decoded whole, however small the image it is cut to."""
+    width, height = (image.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH))
+    if width * height > max_pixels:
+        raise RowError(
+            ErrorCode.IMAGE_TOO_LARGE,
+            f"image has tiles of {width}x{height} = {width * height} pixels; "
+            f"limits.max_image_pixels is {max_pixels}",
+        )
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

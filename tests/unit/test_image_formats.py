@@ -1,9 +1,11 @@
 """Image formats: the pixels are those vLLM makes of the same bytes; hostile headers cost little."""
 
 import io
+import re
 import struct
 import tracemalloc
 import zlib
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -209,3 +211,62 @@ def test_an_image_cut_anywhere_is_invalid_at_the_latest_when_decoded(name: str) 
         with pytest.raises(RowError) as caught:
             measured_and_decoded(data[:length])
         assert caught.value.code == ErrorCode.IMAGE_INVALID
+
+
+def tiled_tiff(side: int) -> bytes:
+    """One of 9 x 9 pixels, cut from a tile of ``side`` x ``side``."""
+    tile = zlib.compress(bytes(side * side))
+    tags = {256: 9, 257: 9, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 0, 325: 0}
+    tags |= {324: 8 + 2 + 12 * len(tags) + 4, 325: len(tile)}
+    return tiff(*((tag, 4, 1, value) for tag, value in sorted(tags.items()))) + tile
+
+
+def test_a_tile_counts_as_the_pixels_that_it_is_decoded_to() -> None:
+    assert measured_and_decoded(tiled_tiff(64)).size == (9, 9)
+    with pytest.raises(RowError) as caught:
+        image_size(tiled_tiff(1024), max_pixels=1_000_000)
+    assert caught.value.code == ErrorCode.IMAGE_TOO_LARGE
+    assert "1024x1024" in caught.value.message
+
+
+def segment(kind: int, body: bytes) -> bytes:
+    return b"\xff" + struct.pack(">BH", kind, 2 + len(body)) + body
+
+
+JPEG, GIF, PNG = (encoded(RGB, kind) for kind in ("JPEG", "GIF", "PNG"))
+FIRST_FRAME = GIF.index(b",", 13 + 768)
+MANY_PIECES = {
+    "jpeg-exif": b"\xff\xd8" + segment(0xE1, b"Exif\0\0" + bytes(40)) * 65 + JPEG[2:],
+    "jpeg-empty": b"\xff\xd8" + segment(0xE5, b"") * 4097 + JPEG[2:],
+    "jpeg-junk": b"\xff\xd8" + (b"\xff\0\xff\xff" + segment(0xFE, b"")) * 4097 + JPEG[2:],
+    "jpeg-behind-an-end": b"\xff\xd8\xff\xd9" + segment(0xE5, b"") * 4097 + JPEG[2:],
+    "png": PNG[:33] + chunk(b"tEXt", b"a\0b") * 100_001 + PNG[33:],
+    "gif": GIF[:FIRST_FRAME] + b"!\xfe\x01a\0" * 200_001 + GIF[FIRST_FRAME:],
+    "gif-one": GIF[:FIRST_FRAME] + b"!\xfe" + b"\x01a" * 200_001 + b"\0" + GIF[FIRST_FRAME:],
+    "gif-hidden": GIF[:FIRST_FRAME]
+    + b"!\x01\0\x01,\0"
+    + b"!\xfe\x01a\0" * 200_001
+    + GIF[FIRST_FRAME:],
+}
+
+
+@pytest.mark.parametrize(
+    "data", [pytest.param(data, id=name) for name, data in MANY_PIECES.items()]
+)
+def test_an_image_of_countless_pieces_is_invalid(data: bytes) -> None:
+    """Pillow takes minutes for some of these, and memory a hundred times the file's."""
+    with pytest.raises(RowError, match="more than") as caught:
+        image_size(data, max_pixels=10**6)
+    assert caught.value.code == ErrorCode.IMAGE_INVALID
+
+
+def test_a_jpeg_of_countless_scans_is_invalid() -> None:
+    side = 256
+    data = encoded(Image.new("L", (side, side)), "JPEG", progressive=True)
+    first, second = (found.start() for found in islice(re.finditer(b"\xff\xda", data), 2))
+    many = data[:second] + data[first:second] * 40 + data[second:]
+    assert image_size(data, max_pixels=side * side) == (side, side)
+    assert image_size(many + JPEG * 40, max_pixels=2 * side * side) == (side, side)
+    with pytest.raises(RowError, match="scans of 256x256") as caught:
+        image_size(many, max_pixels=side * side)
+    assert caught.value.code == ErrorCode.IMAGE_INVALID

@@ -469,11 +469,13 @@ def read_part(output_uri: str, shard: int) -> list[Outcome]:
     """The records of a committed part.
 
     Raises:
-        FileNotFoundError: it is gone.
-        StorageError: it cannot be read, or is damaged.
+        StorageError: it is gone, cannot be read, or is damaged.
     """
     uri = part_uri(output_uri, shard)
-    content = storage.read_bytes(uri)
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        raise StorageError(_gone(uri)) from None
     try:
         return read_records(pq.read_table(pa.BufferReader(content)))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # OSError: its pages
@@ -519,9 +521,16 @@ def read_stats(output_uri: str, shards: Iterable[int]) -> Iterator[PartStats]:
     """The stats of committed parts in the order of ``shards``, from their footers, in parallel.
 
     Raises:
-        StorageError: a part is not readable, or was not written by this program.
+        StorageError: a part is gone, not readable, or was not written by this program.
     """
-    return mapped(lambda shard: _read_stats(part_uri(output_uri, shard)), shards, _FOOTER_THREADS)
+    return mapped(lambda shard: _listed(part_uri(output_uri, shard)), shards, _FOOTER_THREADS)
+
+
+def _listed(uri: str) -> PartStats:
+    try:
+        return _read_stats(uri)
+    except FileNotFoundError:
+        raise StorageError(_gone(uri)) from None
 
 
 def _read_stats(uri: str) -> PartStats:
@@ -554,3 +563,7 @@ def _damaged(uri: str, fault: Exception) -> str:
         f"{uri} is damaged ({fault}); delete it and run the command again, which makes its rows "
         "again"
     )
+
+
+def _gone(uri: str) -> str:
+    return f"{uri} is gone since it was listed; run the command again, which makes its rows again"

@@ -5,6 +5,7 @@ In: paths and bytes. Out: files that appear, or change, at once and wherever the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -29,7 +30,7 @@ def put(path: str, data: bytes, *, publish: Callable[[Path, Path], None]) -> Non
 def writing(path: str, *, publish: Callable[[Path, Path], None]) -> Iterator[IO[bytes]]:
     """A file beside ``path``, brought there by ``publish`` if the block ends well."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         with beside.open("wb") as file:
@@ -37,8 +38,29 @@ def writing(path: str, *, publish: Callable[[Path, Path], None]) -> Iterator[IO[
             file.flush()
             os.fsync(file.fileno())
         publish(beside, target)
+        _sync_folder(target.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _sync_folder(place.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names in it last through a loss of power, as ``fsync`` does for a file's content."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES):  # not on this file system, or not ours
+            raise
 
 
 def remove_empty_folders(path: str) -> None:

@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DELETE_BATCH = 1000  # objects: S3's limit for one request
-PART_BYTES = 16 * 2**20
-"""Of an upload in parts; S3 takes 10,000 of them, so that an object may have 160 GB."""
+MOST_PARTS = 10_000
+"""Of an upload: S3's limit. A part may have 5 MiB to 5 GiB, but for the last one."""
+_PART_BYTES = 16 * 2**20
+_ALIKE_PARTS = 6_000
+"""Parts of one size, 94 GiB of them: R2 wants all parts alike, S3 does not care."""
+_PART_GROWTH = 512 * 2**10
+"""Bytes by which each further part is larger, up to 2 GiB: an object may have 3.9 TiB."""
 
 
 def session() -> Any:
@@ -133,6 +138,11 @@ def delete(fs: Any, _: str, *, bucket: str, keys: Sequence[str]) -> None:
         raise kind(f"cannot delete s3://{bucket}/{error.get('Key')}: {code} {error.get('Message')}")
 
 
+def part_bytes(number: int) -> int:
+    """Bytes of an upload's part ``number`` (from 1), unless it is the last."""
+    return _PART_BYTES + max(0, number - _ALIKE_PARTS) * _PART_GROWTH
+
+
 class Attempt(Protocol):
     """Carries out a request: ``action`` gets driver and path, and is tried while that may help."""
 
@@ -169,9 +179,9 @@ class _Upload:
 
     def write(self, data: bytes) -> None:
         self._buffer += data
-        while len(self._buffer) >= PART_BYTES:
-            self._send(bytes(self._buffer[:PART_BYTES]))
-            del self._buffer[:PART_BYTES]
+        while len(self._buffer) >= (size := part_bytes(len(self._tags) + 1)):
+            self._send(bytes(self._buffer[:size]))
+            del self._buffer[:size]
 
     def complete(self) -> None:
         if self._id is None:
@@ -197,6 +207,11 @@ class _Upload:
         if self._id is None:
             self._id = self._attempt("write", _begin_upload)
         number = len(self._tags) + 1
+        if number > MOST_PARTS:
+            raise StorageError(
+                f"an upload has {self._sent} bytes in {MOST_PARTS} parts, which is all that S3 "
+                "takes; split the input into several runs"
+            )
         send = partial(_upload_part, upload=self._id, number=number, data=data)
         self._tags.append(self._attempt("write", send))
         self._sent += len(data)

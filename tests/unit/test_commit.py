@@ -284,3 +284,12 @@ def test_the_footer_has_the_checksum_of_all_that_stands_before_it(
     assert found.checksum == hashlib.sha256(content[: -8 - footer]).hexdigest()
     assert found.found_checksum == found.checksum
     assert found.table.num_rows == len(outcomes)
+
+
+def test_a_part_that_is_gone_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(
+        StorageError, match=r"part-000000\.parquet is gone .* run the command again"
+    ):
+        list(read_stats(f"file://{tmp_path}", [0]))
+    with pytest.raises(StorageError, match=r"part-000000\.parquet is gone"):
+        read_part(f"file://{tmp_path}", 0)

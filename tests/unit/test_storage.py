@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
+from pipeline import s3, storage
 from pipeline.errors import InputError, StorageError, StorageUnavailableError
 from tests.s3_front import ACCESS_DENIED, INTERNAL_ERROR, RESET, SLOW_DOWN, S3Front, s3_front
 
@@ -339,3 +339,27 @@ def test_nested_retries_share_one_patience(front: S3Front) -> None:
     with storage.patience(1.0), pytest.raises(StorageUnavailableError):
         storage.retrying(lambda: storage.read_bytes("s3://bucket/x"), what="read twice")
     assert time.monotonic() - begun < 100
+
+
+def test_an_upload_takes_objects_of_terabytes_within_the_limits_of_s3() -> None:
+    sizes = [s3.part_bytes(number) for number in range(1, s3.MOST_PARTS + 1)]
+    assert sum(sizes) > 3.8 * 2**40
+    assert 5 * 2**20 <= min(sizes) <= max(sizes) <= 2 * 2**30  # an upload holds two of them
+    assert len(set(sizes[:6000])) == 1
+
+
+def test_new_names_in_local_folders_are_synced_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    storage.put_bytes(f"file://{tmp_path}/deep/er/object", b"x")
+    folders = {f"{tmp_path}", f"{tmp_path}/deep", f"{tmp_path}/deep/er"}
+    assert folders <= set(synced)
+    assert synced[-1] == f"{tmp_path}/deep/er"  # once the object has its name

@@ -18,8 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import pyarrow as pa
+
+from pipeline import logprobs
 from pipeline.admission import EngineLoad
 from pipeline.children import descendants, reap
 from pipeline.cpu import Meter, Step
@@ -35,15 +38,14 @@ from pipeline.errors import (
 )
 from pipeline.experts import ExpertLayout, ExpertLoad, layout_of, load_of
 from pipeline.images import decode
+from pipeline.logprobs import Places
 from pipeline.profile import locate_model
-from pipeline.records import PromptLogprob, TokenLogprob, TopLogprob
 from pipeline.sampling import Sampling
 from pipeline.structured import Structure, StructureKind
 from pipeline.vllm_child import end_with_parent
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs, SamplingParams
-    from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import StructuredOutputsParams
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -81,12 +83,12 @@ class EngineOutput:
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    """One per token of the completion, if asked for."""
+    logprobs: pa.StructArray | None = None
+    """One ``logprobs.TOKEN`` per token of the completion, if asked for."""
     completion_digest: str | None = None
     """Of the completion's tokens (see ``digests``); None: not known."""
-    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
-    """One per token of the prompt, if asked for; None for the first."""
+    prompt_logprobs: pa.StructArray | None = None
+    """One ``logprobs.PROMPT_TOKEN`` per token of the prompt, if asked for."""
     stop_reason: str | None = None
     """The stop string or the id of the stop token that ended it; None: the model's own end, or the
     limit."""
@@ -421,6 +423,7 @@ def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
         logit_bias=dict(sampling.logit_bias) or None,
         prompt_logprobs=0 if sampling.prompt_logprobs else None,  # 0: of the token itself
         structured_outputs=_structured_outputs(sampling.structure),
+        flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
@@ -463,40 +466,12 @@ def _output(
         prompt_tokens=len(result.prompt_token_ids or ()),
         completion_tokens=len(sample.token_ids),
         cached_tokens=cached,
-        logprobs=_logprobs(sample.token_ids, sample.logprobs, top_logprobs),
+        logprobs=None
+        if top_logprobs is None
+        else logprobs.of_completion(cast("Places", sample.logprobs), top_logprobs),
         completion_digest=digest_tokens(sample.token_ids),
-        prompt_logprobs=_prompt_logprobs(result.prompt_token_ids or (), result.prompt_logprobs),
+        prompt_logprobs=None
+        if result.prompt_logprobs is None
+        else logprobs.of_prompt(cast("Places", result.prompt_logprobs)),
         experts=load_of(sample.routed_experts, cached, experts),
     )
-
-
-def _prompt_logprobs(
-    token_ids: Sequence[int], found: Sequence[Mapping[int, Logprob] | None] | None
-) -> tuple[PromptLogprob | None, ...] | None:
-    if found is None:
-        return None
-    return tuple(
-        PromptLogprob(token_id, own.logprob, own.rank)
-        if places and (own := places[token_id])
-        else None
-        for token_id, places in zip(token_ids, found, strict=True)
-    )
-
-
-def _logprobs(
-    token_ids: Sequence[int], found: Sequence[Mapping[int, Logprob]] | None, top: int | None
-) -> tuple[TokenLogprob, ...] | None:
-    if found is None or top is None:
-        return None
-    return tuple(
-        _token_logprob(token_id, places, top)
-        for token_id, places in zip(token_ids, found, strict=True)
-    )
-
-
-def _token_logprob(token_id: int, places: Mapping[int, Logprob], top: int) -> TokenLogprob:
-    """The engine gives the ``top`` likeliest, and the token itself where it is none of them."""
-    own = places[token_id]
-    likeliest = sorted(places.items(), key=lambda place: -place[1].logprob)[:top]
-    tops = tuple(TopLogprob(p.decoded_token or "", id_, p.logprob) for id_, p in likeliest)
-    return TokenLogprob(own.decoded_token or "", token_id, own.logprob, tops)

@@ -11,16 +11,18 @@ Every block holds exactly one shard. Conversions are lossless and need no schema
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import logprobs
 from pipeline.arrow_types import conformed, large_type
 from pipeline.errors import ErrorCode
 from pipeline.plan import FirstUse, Shard
@@ -48,7 +50,8 @@ class Prepared:
     input_row: int
     custom_id: str
     token_ids: Sequence[int]
-    """Prompt tokens with one image token per image; the engine expands those."""
+    """Prompt tokens with one image token per image; the engine expands those. Of a block a view:
+    as Python's integers they would take ten times the memory."""
     images: tuple[bytes, ...]
     """Encoded images, in the order of the prompt's image tokens."""
     image_tokens: int
@@ -89,39 +92,6 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One of the likeliest tokens at a place of a completion."""
-
-    token: str
-    token_id: int
-    logprob: float
-    """Natural logarithm of its probability."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token of a completion, and the likeliest ones in its place."""
-
-    token: str
-    token_id: int
-    logprob: float
-    """Natural logarithm of its probability."""
-    top_logprobs: tuple[TopLogprob, ...]
-    """Likeliest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLogprob:
-    """How likely a token of the prompt is after those before it."""
-
-    token_id: int
-    logprob: float
-    """Natural logarithm of its probability."""
-    rank: int
-    """Its place among all tokens by probability: 1 is what a greedy model would have said."""
-
-
-@dataclass(frozen=True, slots=True)
 class ToolCall:
     """One call of a tool that the model asks for."""
 
@@ -147,10 +117,10 @@ class Completion:
     seed: int
     latency_s: float
     attempts: int = 1
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    """One per token; None: not asked for."""
-    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
-    """One per token of the prompt, None for the first, which follows none; None: not asked for."""
+    logprobs: pa.StructArray | None = None
+    """One ``logprobs.TOKEN`` per token; None: not asked for."""
+    prompt_logprobs: pa.StructArray | None = None
+    """One ``logprobs.PROMPT_TOKEN`` per token of the prompt; None: not asked for."""
     tool_calls: tuple[ToolCall, ...] = ()
     sampling: str | None = None
     """The resolved request parameters, as JSON."""
@@ -179,15 +149,6 @@ class Completion:
 
 Outcome = Completion | Failure
 
-_TOP_LOGPROB_TYPE = pa.struct(
-    [("token", pa.string()), ("token_id", pa.int32()), ("logprob", pa.float64())]
-)
-_LOGPROBS_TYPE = pa.list_(
-    pa.struct([*_TOP_LOGPROB_TYPE, pa.field("top_logprobs", pa.list_(_TOP_LOGPROB_TYPE))])
-)
-_PROMPT_LOGPROBS_TYPE = pa.list_(
-    pa.struct([("token_id", pa.int32()), ("logprob", pa.float64()), ("rank", pa.int32())])
-)
 _TOOL_CALLS_TYPE = pa.list_(
     pa.struct([("id", pa.string()), ("name", pa.string()), ("arguments", pa.string())])
 )
@@ -212,13 +173,13 @@ OUTPUT_SCHEMA = pa.schema(
         ("latency_s", pa.float64()),
         ("input_file", pa.string()),
         ("input_row", pa.int64()),
-        ("logprobs", _LOGPROBS_TYPE),
+        ("logprobs", pa.list_(logprobs.TOKEN)),
         ("tool_calls", _TOOL_CALLS_TYPE),
         ("sampling", pa.string()),
         ("finished_at", pa.timestamp("ms", tz="UTC")),
         ("prompt_digest", pa.string()),
         ("completion_digest", pa.string()),
-        ("prompt_logprobs", _PROMPT_LOGPROBS_TYPE),
+        ("prompt_logprobs", pa.list_(logprobs.PROMPT_TOKEN)),
         ("stop_reason", pa.string()),
     ]
 )
@@ -309,13 +270,23 @@ def prepared_block(
 
 def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
     """The inverse of ``prepared_block`` (without the carried columns)."""
-    rows = block.select([name for name, _ in _PREPARED_FIELDS if name != "shard"]).to_pylist()
+    names = [name for name, _ in _PREPARED_FIELDS if name not in ("shard", "token_ids")]
+    rows = block.select(names).to_pylist()
     asked = {row["sampling"] for row in rows if row["error_code"] is None}
     sampling = {text: Sampling.model_validate_json(text) for text in asked}
     return [
-        _prepared(row, sampling[row["sampling"]]) if row["error_code"] is None else _failure(row)
-        for row in rows
+        _prepared(row, token_ids, sampling[row["sampling"]])
+        if row["error_code"] is None
+        else _failure(row)
+        for row, token_ids in zip(rows, _token_ids(block), strict=True)
     ]
+
+
+def _token_ids(block: pa.Table) -> Iterator[memoryview]:
+    """Each row's tokens where they lie in the block, of 4 bytes each."""
+    lists = _one_array(block.column("token_ids"))
+    flat = memoryview(lists.values.to_numpy())
+    return (flat[start:end] for start, end in pairwise(lists.offsets.to_pylist()))
 
 
 def samples_asked(
@@ -417,22 +388,38 @@ def part_table(
 
 def record_table(shard: Shard, outcomes: Iterable[Outcome], *, model: str) -> pa.Table:
     """Records of one shard in the order given: ``OUTPUT_SCHEMA``, no carried columns."""
-    records = [_record(outcome, model, shard.uri) for outcome in outcomes]
-    return pa.Table.from_pylist(records, schema=OUTPUT_SCHEMA)
+    ordered = list(outcomes)
+    records = [_record(outcome, model, shard.uri) for outcome in ordered]
+    table = pa.Table.from_pylist(records, schema=_PLAIN_SCHEMA)
+    done = [outcome if isinstance(outcome, Completion) else None for outcome in ordered]
+    made = {
+        "logprobs": logprobs.to_column([one and one.logprobs for one in done], logprobs.TOKEN),
+        "prompt_logprobs": logprobs.to_column(
+            [one and one.prompt_logprobs for one in done], logprobs.PROMPT_TOKEN
+        ),
+    }
+    columns = [made[name] if name in made else table.column(name) for name in OUTPUT_SCHEMA.names]
+    return pa.table(columns, schema=OUTPUT_SCHEMA)
 
 
 def read_records(table: pa.Table) -> list[Outcome]:
     """The inverse of ``record_table``; columns beyond ``OUTPUT_SCHEMA`` are left out."""
     present = set(table.column_names)
     names = [name for name in OUTPUT_SCHEMA.names if name in present or name not in ADDED_LATER]
-    return [_outcome(record) for record in table.select(names).to_pylist()]
+    records = table.select([name for name in names if name not in _AS_ARROW]).to_pylist()
+    for name in _AS_ARROW:
+        if name in names:
+            arrays = logprobs.from_column(table.column(name))
+            for record, array in zip(records, arrays, strict=True):
+                record[name] = array
+    return [_outcome(record) for record in records]
 
 
-def _prepared(row: dict[str, object], sampling: Sampling) -> Prepared:
+def _prepared(row: dict[str, object], token_ids: Sequence[int], sampling: Sampling) -> Prepared:
     return Prepared(
         input_row=row["input_row"],  # type: ignore[arg-type]
         custom_id=row["custom_id"],  # type: ignore[arg-type]
-        token_ids=row["token_ids"],  # type: ignore[arg-type]
+        token_ids=token_ids,
         images=tuple(row["images"]),  # type: ignore[arg-type]
         image_tokens=row["image_tokens"],  # type: ignore[arg-type]
         prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
@@ -487,9 +474,6 @@ def _record(outcome: Outcome, model: str, input_file: str) -> dict[str, object]:
         "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
         "cached_tokens": outcome.cached_tokens,
         "latency_s": outcome.latency_s,
-        "logprobs": outcome.logprobs and [asdict(token) for token in outcome.logprobs],
-        "prompt_logprobs": outcome.prompt_logprobs
-        and [token and asdict(token) for token in outcome.prompt_logprobs],
         "tool_calls": [asdict(call) for call in outcome.tool_calls] or None,
         "error_code": outcome.code,
         "error_message": outcome.message and told(outcome.message),
@@ -503,6 +487,9 @@ ADDED_LATER = frozenset(
     {"finished_at", "prompt_digest", "completion_digest", "prompt_logprobs", "stop_reason"}
 )
 """Columns that records of runs that began earlier may lack."""
+_AS_ARROW = ("logprobs", "prompt_logprobs")
+"""Columns that never are Python's objects: those would be the bulk of a record."""
+_PLAIN_SCHEMA = pa.schema([field for field in OUTPUT_SCHEMA if field.name not in _AS_ARROW])
 _SHARED_FIELDS = (
     *("input_row", "custom_id", "sample_index", "seed", "attempts", "prompt_tokens"),
     *("image_tokens", "sampling"),
@@ -524,25 +511,11 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         prompt_digest=record.get("prompt_digest"),
         completion_digest=record.get("completion_digest"),
         stop_reason=record.get("stop_reason"),
-        logprobs=_logprobs(record["logprobs"]),
-        prompt_logprobs=_prompt_logprobs(record.get("prompt_logprobs")),
+        logprobs=record["logprobs"],
+        prompt_logprobs=record.get("prompt_logprobs"),
         tool_calls=tuple(ToolCall(**call) for call in record["tool_calls"] or ()),
         code=code,
         message=message,
-    )
-
-
-def _logprobs(tokens: Sequence[Mapping[str, Any]] | None) -> tuple[TokenLogprob, ...] | None:
-    if tokens is None:
-        return None
-    return tuple(
-        TokenLogprob(
-            token["token"],
-            token["token_id"],
-            token["logprob"],
-            tuple(TopLogprob(**top) for top in token["top_logprobs"]),
-        )
-        for token in tokens
     )
 
 
@@ -560,14 +533,6 @@ def told(message: str, limit: int = _MAX_MESSAGE) -> str:
     at most ``limit`` characters."""
     shown = message[: 2 * limit].encode("utf-8", "backslashreplace").decode("utf-8")
     return redacted_text(shown)[:limit]  # in this order: a cut secret looks like none
-
-
-def _prompt_logprobs(
-    tokens: Sequence[Mapping[str, Any] | None] | None,
-) -> tuple[PromptLogprob | None, ...] | None:
-    if tokens is None:
-        return None
-    return tuple(None if token is None else PromptLogprob(**token) for token in tokens)
 
 
 def _to_struct(table: pa.Table, rows: int) -> pa.Array:

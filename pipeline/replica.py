@@ -362,12 +362,12 @@ class Replica:
         """The sample's outcome, after as many engines as it takes; None if it was not admitted."""
         attempts = failures = 0
         try:
-            request = _request(key, item)
             patience = self._limits.lost_steps + _STEPS_PER_EXPECTED * _expected(item)
             while (life := await self._admitted(key)) is not None:
                 attempts += 1
                 started = time.monotonic()
                 try:
+                    request = _request(key, item)
                     output = await life.ask(key, request, self._limits.row_timeout_s, patience)
                 except EngineError:
                     if self._is_fatal(life, key):

@@ -109,7 +109,10 @@ def undisturbed(replica: Replica) -> dict[int, str]:
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
 def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
-    replica: Replica, undisturbed: dict[int, str], blow: signal.Signals
+    replica: Replica,
+    undisturbed: dict[int, str],
+    blow: signal.Signals,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = replica.engine_restarts
     (core,) = engine_cores()
@@ -120,6 +123,7 @@ def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
     assert replica.engine_restarts == before + 1
     assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
     assert {outcome.attempts for outcome in outcomes} == {1, 2}
+    caplog.clear()  # the traceback of vLLM's own report holds on to the engine
     gc.collect()
     assert [engine() is None for engine in ENGINES] == [*[True] * (len(ENGINES) - 1), False]
 

@@ -163,16 +163,16 @@ def test_log_probabilities_are_one_per_token_with_the_likeliest_beside(replica: 
     assert isinstance(none, Completion)
     assert sample.logprobs is not None
     assert len(sample.logprobs) == sample.completion_tokens
-    for token in sample.logprobs:
-        values = [top.logprob for top in token.top_logprobs]
+    for token in sample.logprobs.to_pylist():
+        values = [top["logprob"] for top in token["top_logprobs"]]
         assert len(values) == 5
         assert values == sorted(values, reverse=True)
-        assert token.logprob <= values[0] <= 0
+        assert token["logprob"] <= values[0] <= 0
         assert sum(map(math.exp, values)) <= 1.0001
-        if token.logprob > values[-1]:
-            assert token.token_id in {top.token_id for top in token.top_logprobs}
+        if token["logprob"] > values[-1]:
+            assert token["token_id"] in {top["token_id"] for top in token["top_logprobs"]}
     assert bare.logprobs is not None
-    assert {len(token.top_logprobs) for token in bare.logprobs} == {0}
+    assert {len(token["top_logprobs"]) for token in bare.logprobs.to_pylist()} == {0}
     assert none.logprobs is None
 
 
@@ -180,8 +180,8 @@ def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(replica: Repl
     greedy = {"temperature": 0, "logprobs": True, "max_completion_tokens": 8}
     ((free,),) = run(replica, greedy)
     assert isinstance(free, Completion)
-    assert free.logprobs
-    first = free.logprobs[0].token_id
+    assert free.logprobs is not None
+    first = free.logprobs[0]["token_id"].as_py()
     (forced,), (banned,) = run(
         replica,
         {**greedy, "logit_bias": {ord("a"): 100}},
@@ -190,7 +190,8 @@ def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(replica: Repl
     assert isinstance(forced, Completion)
     assert isinstance(banned, Completion)
     assert forced.text == "a" * 8
-    assert first not in {token.token_id for token in banned.logprobs or ()}
+    assert banned.logprobs is not None
+    assert first not in banned.logprobs.field("token_id").to_pylist()
 
 
 def test_the_engine_ends_a_completion_as_vllms_own_parameters_say(replica: Replica) -> None:

@@ -14,9 +14,10 @@ from openai.types.shared import ErrorObject
 
 from pipeline.commit import Destination, commit_outcomes, part_uri
 from pipeline.errors import ErrorCode, LeaseLostError, StorageError
+from pipeline.logprobs import PROMPT_TOKEN
 from pipeline.openai_output import write_openai_output
 from pipeline.plan import Shard
-from pipeline.records import Completion, Failure, Outcome, PromptLogprob, Status, ToolCall
+from pipeline.records import Completion, Failure, Outcome, Status, ToolCall
 from pipeline.sampling import Sampling
 from pipeline.tools import Choice, ToolUse
 
@@ -161,8 +162,13 @@ def test_a_chats_logprobs_have_tokens_bytes_and_the_likeliest_others(tmp_path: P
 
 
 def test_log_probabilities_of_the_prompt_have_vllms_shape(tmp_path: Path) -> None:
-    places = (None, PromptLogprob(7, -0.5, 1), PromptLogprob(8, float("-inf"), 99))
-    commit(tmp_path, 0, [replace(done(0), prompt_logprobs=places), done(1)], url=COMPLETIONS)
+    places = [
+        None,
+        {"token_id": 7, "logprob": -0.5, "rank": 1},
+        {"token_id": 8, "logprob": float("-inf"), "rank": 99},
+    ]
+    asked = replace(done(0), prompt_logprobs=pa.array(places, PROMPT_TOKEN))
+    commit(tmp_path, 0, [asked, done(1)], url=COMPLETIONS)
     output, _ = write(tmp_path)
     with_them, without = (line["response"]["body"]["choices"][0] for line in output)
     expected = [
@@ -173,7 +179,7 @@ def test_log_probabilities_of_the_prompt_have_vllms_shape(tmp_path: Path) -> Non
     assert with_them["prompt_logprobs"] == expected
     assert "prompt_logprobs" not in without
     TextCompletion.model_validate(output[0]["response"]["body"])
-    commit(tmp_path, 1, [replace(done(2), prompt_logprobs=places)], first_row=2)
+    commit(tmp_path, 1, [replace(done(2), prompt_logprobs=asked.prompt_logprobs)], first_row=2)
     body = write(tmp_path, parts=2)[0][2]["response"]["body"]
     assert body["prompt_logprobs"] == expected  # of a chat they are beside the choices
     assert "prompt_logprobs" not in body["choices"][0]

@@ -1,11 +1,13 @@
 """Records: lossless through Arrow, in order, with the contract's columns and the user's own."""
 
+from array import array
 from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 
 from pipeline.errors import ErrorCode
+from pipeline.logprobs import PROMPT_TOKEN, TOKEN
 from pipeline.plan import Shard
 from pipeline.records import (
     OUTPUT_SCHEMA,
@@ -13,12 +15,9 @@ from pipeline.records import (
     Failure,
     Outcome,
     Prepared,
-    PromptLogprob,
     SampleKey,
     Status,
-    TokenLogprob,
     ToolCall,
-    TopLogprob,
     block_shard,
     carried_columns,
     carried_names,
@@ -37,7 +36,7 @@ SHARD = Shard(3, "s3://b/a.parquet", 10, 2)
 PREPARED = Prepared(
     input_row=10,
     custom_id="ü",
-    token_ids=[1, 2, 3],
+    token_ids=array("i", [1, 2, 3]),
     images=(b"png", b"jpg"),
     image_tokens=14,
     prompt_tokens=15,
@@ -54,6 +53,7 @@ def completion(row: int, sample: int = 0) -> Completion:
 def test_prepared_rows_survive_the_trip_through_arrow() -> None:
     block = prepared_block(SHARD, [PREPARED, FAILURE], pa.table({"label": ["x", None]}))
     assert read_prepared(block) == [PREPARED, FAILURE]
+    assert read_prepared(block.slice(1)) == [FAILURE]
     assert block_shard(block) == SHARD
     assert carried_columns(block).to_pydict() == {"label": ["x", None]}
 
@@ -112,22 +112,43 @@ def test_a_failure_has_code_message_seed_and_no_text() -> None:
 
 
 def test_records_survive_the_trip_through_arrow_with_all_they_can_hold() -> None:
-    tops = (TopLogprob("a", 1, -0.1), TopLogprob("\ufffd", 2, -2.5))
+    tops = [
+        {"token": "a", "token_id": 1, "logprob": -0.1},
+        {"token": "\ufffd", "token_id": 2, "logprob": -2.5},
+    ]
+    tokens = [
+        {"token": "a", "token_id": 1, "logprob": -0.1, "top_logprobs": tops},
+        {"token": "", "token_id": 3, "logprob": -9.0, "top_logprobs": []},
+    ]
+    places = [
+        None,
+        {"token_id": 5, "logprob": -0.25, "rank": 1},
+        {"token_id": 6, "logprob": -7.5, "rank": 340},
+    ]
     outcomes: list[Outcome] = [
         replace(
             completion(10),
             stop_reason="\n\n",
-            logprobs=(TokenLogprob("a", 1, -0.1, tops), TokenLogprob("", 3, -9.0, ())),
+            logprobs=pa.array(tokens, TOKEN),
             tool_calls=(ToolCall("call-1", "f", '{"x": 1}'),),
-            prompt_logprobs=(None, PromptLogprob(5, -0.25, 1), PromptLogprob(6, -7.5, 340)),
+            prompt_logprobs=pa.array(places, PROMPT_TOKEN),
             sampling='{"n": 1}',
         ),
         replace(completion(10, 2), finished_at=1_795_608_000.123),
-        replace(completion(10, 1), logprobs=(), code=ErrorCode.SCHEMA_VIOLATION, message="m"),
+        replace(
+            completion(10, 1),
+            logprobs=pa.array([], TOKEN),
+            code=ErrorCode.SCHEMA_VIOLATION,
+            message="m",
+        ),
         replace(FAILURE, sampling="{}", finished_at=1_795_608_000.0),
         Failure(12, "c", ErrorCode.BATCH_EXPIRED, "m", seed=1, status=Status.EXPIRED),
     ]
-    assert read_records(record_table(SHARD, outcomes, model="m")) == outcomes
+    table = record_table(SHARD, outcomes, model="m")
+    assert read_records(table) == outcomes
+    assert table.column("logprobs").to_pylist() == [tokens, None, [], None, None]
+    assert table.column("prompt_logprobs")[0].as_py() == places
+    assert read_records(table.slice(2)) == outcomes[2:]
 
 
 def test_records_of_an_earlier_version_are_read_without_their_time() -> None:

@@ -4,7 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from pipeline.progress import Tally
+from pipeline.errors import ErrorCode
+from pipeline.progress import RowTally, Tally
+from pipeline.records import Completion
 from pipeline.roster import Snapshot
 from pipeline.watch import Reason, Watch, is_surely_above
 
@@ -95,6 +97,18 @@ def test_errors_beyond_doubt_stop_it_and_the_message_has_the_numbers() -> None:
 )
 def test_a_rate_is_above_only_beyond_doubt(failed: int, ended: int, above: bool) -> None:
     assert is_surely_above(failed, ended, 0.01, min_rows=500) is above
+
+
+def test_few_rows_of_which_all_samples_fail_stop_no_run() -> None:
+    """Half a percent of the rows are 4 % of that many records, if each has eight."""
+    rows, tally = RowTally(dict.fromkeys(range(2000), 8)), Tally()
+    for row in range(2000):
+        code = ErrorCode.LENGTH if row % 200 == 0 else None
+        tally += rows.count(
+            [Completion(row, "a", i, "", "stop", 1, 1, 0, 0, 0, 0.1, code=code) for i in range(8)]
+        )
+    assert (tally.rows, tally.failed, tally.errors) == (2000, 10, {"length": 80})
+    assert not is_surely_above(tally.failed, tally.rows, 0.01, min_rows=500)
 
 
 def test_a_limit_of_one_is_never_exceeded() -> None:

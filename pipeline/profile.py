@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.engine_code import check_engine_code
 from pipeline.engine_rules import check_block_size, check_experts, expert_ranks
 from pipeline.errors import ConfigError
 from pipeline.installed import installed_tree
@@ -59,18 +60,6 @@ _UNTUNED_TOKENS = 32768
 FLOAT32 = ("float", "float32")
 """vLLM's names of the type whose elements take 4 bytes."""
 _CACHE_SCHEME = "cache://"
-_LOAD_FORMATS = (
-    "auto",
-    "safetensors",
-    "fastsafetensors",
-    "instanttensor",
-    "mistral",
-    "runai_streamer",
-    "runai_streamer_sharded",
-    "sharded_state",
-    "dummy",
-)
-"""vLLM's load formats that read safetensors or nothing. Of the others, some unpickle."""
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 
 
@@ -270,7 +259,7 @@ class EngineProfile(_Section):
         if missing:
             raise ValueError(f"engine_args must set {', '.join(missing)}")
         _check_arguments(self.engine_args)
-        _check_brings_no_code(self.engine_args)
+        check_engine_code(self.engine_args)
         for name in (*_REQUIRED_ARGUMENTS, *_PARALLEL_SIZES):
             value = self.engine_args.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -424,20 +413,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             close = get_close_matches(name, sorted(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"vLLM has no engine argument {name!r}{hint}")
-
-
-def _check_brings_no_code(arguments: Mapping[str, Any]) -> None:
-    if arguments.get("trust_remote_code", False) is not False:
-        raise ValueError(
-            "engine_args.trust_remote_code: models bring no code here; leave it out, and take a "
-            "model that vLLM knows itself"
-        )
-    load_format = arguments.get("load_format", "auto")
-    if load_format not in _LOAD_FORMATS:
-        raise ValueError(
-            f"engine_args.load_format = {load_format!r} may run code of the weights' files; "
-            f"convert them to safetensors and use one of {', '.join(_LOAD_FORMATS)}"
-        )
 
 
 @lru_cache(maxsize=1)

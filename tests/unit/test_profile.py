@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.capacity import NodeCapacity, missing
+from pipeline.engine_code import check_engine_code
 from pipeline.errors import ConfigError
 from pipeline.profile import (
     REPO_ROOT,
@@ -265,6 +266,29 @@ def test_a_size_that_is_no_whole_number_is_named(value: object) -> None:
         ({"load_format": "tensorizer"}, "load_format"),
         ({"load_format": "a-plugins-own"}, "load_format"),
         ({"load_format": None}, "load_format"),
+        ({"worker_cls": "their.Worker"}, "worker_cls: models bring no code"),
+        ({"worker_extension_cls": "their.Extension"}, "worker_extension_cls"),
+        ({"scheduler_cls": "their.Scheduler"}, "scheduler_cls"),
+        ({"logits_processors": ["their:Processor"]}, "logits_processors"),
+        ({"distributed_executor_backend": "their.Executor"}, "distributed_executor_backend"),
+        ({"model_class_overrides": {"Llama": "their:Model"}}, "model_class_overrides"),
+        ({"reasoning_parser_plugin": "their.py"}, "reasoning_parser_plugin"),
+        ({"io_processor_plugin": "theirs"}, "io_processor_plugin"),
+        ({"log_config_file": "their.json"}, "log_config_file"),
+        ({"hf_overrides": {"auto_map": {"AutoConfig": "x.Y"}}}, r"hf_overrides\.auto_map"),
+        (
+            {"kv_transfer_config": {"kv_connector_module_path": "their.module"}},
+            "kv_transfer_config: models bring no code",
+        ),
+        ({"ec_manager_config": {"encoder_cache_manager_cls": "x.Y"}}, "encoder_cache_manager_cls"),
+        ({"speculative_config": {"method": "custom_class", "model": "x.Y"}}, "config.method"),
+        ({"speculative_config": {"draft": [{"load_format": "pt"}]}}, r"draft\[0\].load_format"),
+        ({"compilation_config": {"backend": "their.backend"}}, "compilation_config.backend"),
+        ({"compilation_config": {"inductor_passes": {"a": "x.y"}}}, "inductor_passes"),
+        (
+            {"structured_outputs_config": {"reasoning_parser_plugin": "their.py"}},
+            r"structured_outputs_config\.reasoning_parser_plugin",
+        ),
     ],
 )
 def test_an_argument_that_lets_a_model_bring_code_is_refused(
@@ -272,6 +296,51 @@ def test_an_argument_that_lets_a_model_bring_code_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=remedy):
         load_profile("mini-maverick", overrides=argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "remedy"),
+    [
+        ({"tokenizer": "elsewhere"}, "tokenizer: prompts and images are prepared by the files"),
+        ({"tokenizer_mode": "slow"}, "tokenizer_mode"),
+        ({"hf_config_path": "elsewhere"}, "hf_config_path"),
+        ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
+        ({"hf_overrides": {"vision_config": {"image_size": 9}}}, r"hf_overrides\.vision_config"),
+        ({"allowed_local_media_path": "/"}, "allowed_local_media_path"),
+        ({"mm_processor_kwargs": {"max_patches": 4, "size": {}}}, "kwargs.size: prepare counts"),
+    ],
+)
+def test_an_argument_that_prepare_would_not_honour_is_refused(
+    argument: dict[str, object], remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        load_profile("mini-maverick", overrides=argument)
+
+
+def test_arguments_that_choose_among_vllms_own_are_taken() -> None:
+    overrides = {
+        "mm_processor_kwargs": {"max_patches": 4},
+        "hf_overrides": {"text_config": {"attn_temperature_tuning": True}},
+        "compilation_config": {"backend": "inductor", "cudagraph_mode": "FULL"},
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
+        "tokenizer_mode": "hf",
+        "worker_cls": "auto",
+        "scheduler_cls": None,
+        "trust_remote_code": False,
+    }
+    load_profile("mini-maverick", overrides=overrides)
+
+
+def test_every_argument_of_vllm_with_a_name_that_imports_is_refused() -> None:
+    """So that one which a newer vLLM adds is seen, here or by its name."""
+    names = vllm_argument_names() or frozenset()
+    words = ("cls", "class", "plugin", "module", "processors", "code", "transfer", "tokenizer")
+    suspects = {name for name in names if any(word in name.split("_") for word in words)}
+    harmless = {"mm_processor_cache_type", "max_lora_cls_labels", "load_format"}
+    assert len(suspects) > 10
+    for name in suspects - harmless:
+        with pytest.raises(ValueError, match=f"engine_args.{name}"):
+            check_engine_code({name: "their.module"})
 
 
 @pytest.mark.parametrize("load_format", ["auto", "safetensors", "runai_streamer", "dummy"])

@@ -14,7 +14,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -27,13 +26,14 @@ from pipeline import storage
 from pipeline.commit import Destination, part_uri
 from pipeline.errors import ErrorCode, StorageError
 from pipeline.openai_input import URL_COLUMN, Endpoint
+from pipeline.parallel import mapped
 from pipeline.records import Status
 from pipeline.sampling import Sampling
 from pipeline.tools import Choice
 
 OPENAI_FILES = ("output.jsonl", "errors.jsonl")
 """Of a run folder: rows that succeeded, and the others."""
-_PARTS_AT_A_TIME = 8
+_THREADS = 8
 _NO_RESPONSE = {
     ErrorCode.BATCH_EXPIRED: "batch_expired",
     ErrorCode.TIMEOUT: "request_timeout",
@@ -66,7 +66,7 @@ def write_openai_output(to: Destination, parts: int, confirm: Callable[[], None]
     Args:
         to: the run's folder, id and model.
         parts: how many there are, all of them committed.
-        confirm: called every few parts and before the files appear; raises if the run is another
+        confirm: called with each part and before the files appear; raises if the run is another
             driver's by then.
 
     Raises:
@@ -84,11 +84,10 @@ def write_openai_output(to: Destination, parts: int, confirm: Callable[[], None]
 def _all_lines(
     to: Destination, parts: int, created: int, confirm: Callable[[], None]
 ) -> Iterator[_Lines]:
-    with ThreadPoolExecutor(_PARTS_AT_A_TIME) as pool:
-        for first in range(0, parts, _PARTS_AT_A_TIME):
-            confirm()
-            shards = range(first, min(first + _PARTS_AT_A_TIME, parts))
-            yield from pool.map(lambda shard: _part_lines(to, shard, created), shards)
+    shards = range(parts)
+    for lines in mapped(lambda shard: _part_lines(to, shard, created), shards, _THREADS):
+        confirm()
+        yield lines
 
 
 def _part_lines(to: Destination, shard: int, created: int) -> _Lines:

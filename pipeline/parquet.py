@@ -9,7 +9,8 @@ bytes and not the file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ _BATCH_BYTES = 32 * 2**20
 """Of rows that are decoded at a time, by their group's average."""
 _WHOLE_BYTES = 32 * 2**20
 """Of the wanted columns of one row group, as stored."""
+_FEWER = 8
+"""By so much a batch shrinks that was too large."""
 _TOGETHER_BYTES = 4 * 2**20
 """Of small row groups that are fetched at once: each request takes its time."""
 _BUFFERED_BYTES = 32 * 2**20
@@ -113,11 +116,8 @@ class ParquetRows:
                 if group.num_rows
             ]
             file = self._whole if stored <= _WHOLE_BYTES else self._paged
-            yield from file.iter_batches(
-                batch_size=max(1, min(_MAX_BATCH_ROWS, rows, *by_size)),
-                row_groups=numbers,
-                columns=self._columns,
-            )
+            read = partial(file.iter_batches, row_groups=numbers, columns=self._columns)
+            yield from batches_that_fit(read, max(1, min(_MAX_BATCH_ROWS, rows, *by_size)))
 
     def _portions(self, first: int) -> Iterator[list[int]]:
         portion: list[int] = []
@@ -139,6 +139,34 @@ class ParquetRows:
             for chunk in chunks
             if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in self._columns)
         )
+
+
+def batches_that_fit(
+    read: Callable[[int], Iterator[pa.RecordBatch]], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """What ``read`` gives in batches of ``rows``, or of fewer if those are too large.
+
+    Arrow cannot build nested columns (messages, say) of more than 2 GiB of text in one batch; rows
+    far above their group's average come to that. Begun anew, as it does not go on after an error.
+
+    Raises:
+        pyarrow.ArrowNotImplementedError: one row is too large by itself.
+    """
+    given = 0
+    while True:
+        seen = 0
+        try:
+            for batch in read(rows):
+                seen += batch.num_rows
+                if seen > given:
+                    fresh = batch.slice(max(0, batch.num_rows - (seen - given)))
+                    given = seen
+                    yield fresh
+            return
+        except pa.ArrowNotImplementedError:
+            if rows == 1:
+                raise
+            rows = max(1, rows // _FEWER)
 
 
 def extents_of(metadata: pq.FileMetaData) -> Extents:

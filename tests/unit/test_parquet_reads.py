@@ -1,6 +1,7 @@
 """What reading costs: bytes fetched of a file, counted, and shards cut by its row groups."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from pipeline import storage
-from pipeline.parquet import ParquetRows
+from pipeline.parquet import ParquetRows, batches_that_fit
 from pipeline.plan import Shard, make_plan
 from pipeline.read import open_input, read_shard
 
@@ -106,6 +107,29 @@ def test_small_row_groups_are_fetched_a_few_at_a_time(
     assert read.equals(table)
     assert fetched.fetched < 1.1 * size
     assert fetched.requests < 10  # for 80 row groups
+
+
+@pytest.mark.parametrize("heavy", [range(70, 80), range(100), range(99, 100), range(0)])
+def test_batches_that_are_too_large_for_arrow_are_read_in_smaller_ones(heavy: range) -> None:
+    """The reader fails as Arrow does: on a batch with more than two of the ``heavy`` rows."""
+    rows = pa.RecordBatch.from_pydict({"n": list(range(100))})
+
+    def read(size: int) -> Iterator[pa.RecordBatch]:
+        for first in range(0, 100, size):
+            if len(set(range(first, first + size)) & set(heavy)) > 2:
+                raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
+            yield rows.slice(first, size)
+
+    found = [n for batch in batches_that_fit(read, 64) for n in batch.column("n").to_pylist()]
+    assert found == list(range(100))
+
+
+def test_a_row_that_is_too_large_by_itself_is_an_error() -> None:
+    def read(size: int) -> Iterator[pa.RecordBatch]:
+        raise pa.ArrowNotImplementedError(f"Nested data conversions not implemented: {size}")
+
+    with pytest.raises(pa.ArrowNotImplementedError, match=r"implemented: 1$"):
+        list(batches_that_fit(read, 1000))
 
 
 def test_a_file_that_is_sorted_by_size_is_cut_by_its_row_groups(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipeline import logs, metrics
-from pipeline.commit import Attempt, Destination, PartStats, commit_outcomes, committed_stats
+from pipeline.commit import Attempt, Destination, commit_outcomes, committed_stats
 from pipeline.cpu import Step, added, block_cpu
 from pipeline.engine import Engine, follow_vllm
 from pipeline.engine_spec import EngineSpec, Meeting, engine_fingerprint, engine_version
@@ -34,8 +33,9 @@ from pipeline.errors import EngineError
 from pipeline.hardware import hardware
 from pipeline.journal import Journal
 from pipeline.leaving import seconds_left
+from pipeline.open_shards import OpenShards
 from pipeline.plan import Shard
-from pipeline.progress import RowTally, Tally
+from pipeline.progress import RowTally
 from pipeline.ray_metrics import Exporter
 from pipeline.records import (
     Failure,
@@ -53,6 +53,7 @@ from pipeline.redact import configure_logging, redacted_text
 from pipeline.replica import Replica, ReplicaLimits, within
 from pipeline.replica_metrics import ReplicaMetrics
 from pipeline.roster import DRIVER_SILENCE_S, FIRST_ANSWER_S, Phase, Pulse
+from pipeline.suspects import Suspects, check_engine, complete_alone
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ _LEAVING_S = 10.0
 _SOONER_S = 1.0
 """By so much a node's new deadline must be before the one that is known."""
 _EXIT_BROKEN = 1
+SUSPECT = "suspect"
+"""Returned for a shard that must run alone: an earlier start's replicas have died of it."""
 NAME_LENGTH = 8
 """Of the random names in parts' stats: enough to tell a run's replicas, and processes, apart."""
 
@@ -94,7 +97,7 @@ class ReplicaActor:
         self._spec = spec
         self._began = time.monotonic()
         self._cold_start_s = 0.0
-        self._open = _OpenShards()
+        self._open = OpenShards()
         self._heart = _Heart(roster, self._open, name)
         replica = name[:NAME_LENGTH]
         logs.name_process(run=spec.run_name, replica=replica)
@@ -128,19 +131,24 @@ class ReplicaActor:
         self._heart.attach(self._replica)
         self._measured.attach(self._replica)
 
-    def run(self, block: pa.Table) -> str | None:
+    def run(self, block: pa.Table, alone: bool = False) -> str | None:
         """Complete and commit one shard; called from several threads at a time.
 
+        Args:
+            block: its prepared rows.
+            alone: whether replicas have died of it; then this one has no other shard.
+
         Returns:
-            Its stats as JSON; None if a drain left it open.
+            Its stats as JSON; None if a drain left it open; ``SUSPECT``.
 
         Raises:
             StorageError, AccountingError: the part cannot be written whole.
         """
-        stats = None if self._replica.draining else self._run(block_shard(block), block)
-        if stats is None and self._heart.leaving:
+        draining = self._replica.draining
+        result = None if draining else self._run(block_shard(block), block, alone)
+        if result is None and self._heart.leaving:
             self._heart.leave()
-        return None if stats is None else stats.to_json()
+        return result
 
     def stop(self) -> None:
         """Stop the engine and its processes."""
@@ -148,13 +156,13 @@ class ReplicaActor:
         self._exporter.close()
         self._replica.shutdown()
 
-    def _run(self, shard: Shard, block: pa.Table) -> PartStats | None:
-        """The shard's stats once it is committed; None if a drain left it open."""
+    def _run(self, shard: Shard, block: pa.Table, alone: bool) -> str | None:
+        """Do as ``run`` says."""
         to = self._spec.to
         with self._open.shard(shard.index), logs.about(shard=shard.index):
             done = committed_stats(to, shard)
             if done is not None:  # by an attempt whose answer was lost with its node
-                return done
+                return done.to_json()
             started, opened = time.monotonic(), time.time()
             journal = Journal(to, shard)
             cpu = self._replica.cpu
@@ -163,8 +171,11 @@ class ReplicaActor:
             with cpu.counts(Step.JOURNAL):
                 known = {outcome.key: outcome for outcome in journal.read()}
             items = with_known(prepared, known)
+            if journal.trials and not alone:
+                return SUSPECT
+            suspects = Suspects(journal, to.run_id, self._spec.started) if alone else None
             try:
-                outcomes = self._complete(shard, items, journal, known)
+                outcomes = self._complete(shard, items, journal, known, suspects)
             except EngineError as error:
                 self._end_process(shard, error)
             if len(outcomes) < len(_keys(items) | known.keys()):
@@ -186,8 +197,10 @@ class ReplicaActor:
                     replica=self._signature,
                 )
                 journal.clear()
+                if suspects is not None:
+                    suspects.clear()
             metrics.SHARD_SECONDS.observe(time.monotonic() - started)
-            return stats
+            return stats.to_json()
 
     def _attempt(self, opened: float) -> Attempt:
         return Attempt(
@@ -206,19 +219,35 @@ class ReplicaActor:
         items: Sequence[Prepared | Failure],
         journal: Journal,
         known: Mapping[SampleKey, Outcome],
+        suspects: Suspects | None,
     ) -> list[Outcome]:
         """The shard's outcomes: what is known of them, and the rest as it is generated."""
         wanted = _keys(items) | known.keys()
         outcomes = [*known.values()]
         rows = RowTally(Counter(row for row, _ in wanted))
         self._open.count(shard.index, rows.count(outcomes, known=True))
-        for batch in self._replica.generate(shard.index, items, known=known):
+        for batch in self._batches(shard, items, known, suspects):
             outcomes += batch
             self._open.count(shard.index, rows.count(batch))
-            if len(outcomes) < len(wanted):
+            if len(outcomes) < len(wanted) or suspects is not None:
                 with self._replica.cpu.counts(Step.JOURNAL), metrics.JOURNAL_SECONDS.timed():
                     journal.append([outcome for outcome in batch if outcome.attempts])
         return outcomes
+
+    def _batches(
+        self,
+        shard: Shard,
+        items: Sequence[Prepared | Failure],
+        known: Mapping[SampleKey, Outcome],
+        suspects: Suspects | None,
+    ) -> Iterator[list[Outcome]]:
+        generate = partial(self._replica.generate, shard.index)
+        if suspects is None:
+            return generate(items, known=known)
+        if not self._open.made_tokens:
+            check_engine(items, generate)
+            self._replica.engine_tokens.take()  # no record has that token
+        return complete_alone(items, known, suspects, generate, lambda: self._replica.draining)
 
     def _end_process(self, shard: Shard, error: EngineError) -> NoReturn:
         """A replica without engine ends; the driver starts another one in its place.
@@ -248,69 +277,10 @@ def _keys(items: Sequence[Prepared | Failure]) -> frozenset[SampleKey]:
     )
 
 
-class _OpenShards:
-    """The shards a replica is working on, and what came of them; for the pulse."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._open: dict[int, Tally] = {}
-        self._ended: dict[int, Tally] = {}
-        self._given_up: set[int] = set()
-
-    @contextmanager
-    def shard(self, index: int) -> Iterator[None]:
-        """Within, the shard is open."""
-        with self._changed:
-            self._open[index] = Tally()
-            metrics.OPEN_SHARDS.set(len(self._open))
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._ended[index] = self._open.pop(index)
-                metrics.OPEN_SHARDS.set(len(self._open))
-                self._changed.notify_all()
-
-    def count(self, index: int, tally: Tally) -> None:
-        """Add ``tally`` to the shard's."""
-        metrics.REPLICA_ROWS.add(tally.rows - tally.known_rows)
-        metrics.REPLICA_TOKENS.add(tally.tokens - tally.known_tokens)
-        with self._changed:
-            self._open[index] += tally
-
-    def look(self) -> tuple[dict[int, Tally], bool]:
-        """Tallies of open shards, and of those that ended and are not known to be heard; whether
-        any is open."""
-        with self._changed:
-            return {**self._ended, **self._open}, bool(self._open)
-
-    def heard(self, tallies: Mapping[int, Tally]) -> None:
-        """The roster has these: shards that have ended need not be reported again."""
-        with self._changed:
-            for index, tally in tallies.items():
-                if self._ended.get(index) == tally:
-                    del self._ended[index]
-
-    def wait_for_all(self, timeout_s: float) -> bool:
-        """Until no shard is open; whether that came true."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._open, timeout_s)
-
-    def give_up(self, index: int, timeout_s: float) -> None:
-        """The calling thread's shard ends here; waits until the others have ended, or do as well.
-
-        The wait is ``timeout_s`` at most.
-        """
-        with self._changed:
-            self._given_up.add(index)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._open.keys() <= self._given_up, timeout_s)
-
-
 class _Heart:
     """Sends the replica's pulse once a second, from before its engine starts to its end."""
 
-    def __init__(self, roster: Any, shards: _OpenShards, name: str) -> None:
+    def __init__(self, roster: Any, shards: OpenShards, name: str) -> None:
         self._roster = roster
         self._shards = shards
         self._replica: Replica | None = None
@@ -398,4 +368,5 @@ class _Heart:
         elif self._draining and not any_open:
             phase = Phase.DRAINED
         restarts = self._replica.engine_restarts if self._replica else 0
-        return Pulse(self.name, self.process, phase, tallies, restarts, error)
+        made = self._shards.made_tokens
+        return Pulse(self.name, self.process, phase, tallies, restarts, error, made)

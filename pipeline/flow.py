@@ -313,7 +313,7 @@ class _Driver:
         self._watch = watch
         self._next_look = 0.0
         self._seen = Snapshot()
-        self._tokens = 0
+        self._made_tokens = 0
 
     def wants_stop(self) -> bool:
         """Look, at most once a second, and hear what the caller makes of it.
@@ -347,8 +347,8 @@ class _Driver:
             yield from _committed(self._pool, _POLL_S)
 
     def _note_progress(self, snapshot: Snapshot) -> None:
-        if snapshot.tally.tokens > self._tokens:  # of completions, though a sibling may have failed
-            self._tokens = snapshot.tally.tokens
+        if snapshot.made_tokens > self._made_tokens:
+            self._made_tokens = snapshot.made_tokens
             self._pool.note_progress()
 
     def _replace_hung(self, snapshot: Snapshot) -> None:

@@ -28,6 +28,8 @@ from pipeline.records import Outcome, SampleKey, read_records, record_table
 
 log = logging.getLogger(__name__)
 
+TRIAL_SUFFIX = ".json"
+"""Of objects beside the entries that say which rows were alone in an engine (see ``suspects``)."""
 _FOLDER = "_journal"
 _SIGNATURE_KEY = b"maverick.journal"
 _CLEARED_AT_A_TIME = 100
@@ -38,7 +40,9 @@ class Journal:
     """One attempt's view of one shard's journal."""
 
     def __init__(self, to: Destination, shard: Shard) -> None:
-        self._folder = storage.join(to.output_uri, _FOLDER, f"{shard.index:06d}")
+        self.folder = storage.join(to.output_uri, _FOLDER, f"{shard.index:06d}")
+        self.trials: list[str] = []
+        """Objects that earlier attempts left as they ended; known once the journal is read."""
         self._shard = shard
         self._to = to
         self._attempt = f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}"
@@ -54,8 +58,10 @@ class Journal:
         Raises:
             StorageError: the journal cannot be listed or read.
         """
-        entries = storage.iterate_folder(self._folder, suffixes=(".parquet",))
-        self._found = sorted(entry.uri for entry in entries)
+        listed = storage.iterate_folder(self.folder, suffixes=(".parquet", TRIAL_SUFFIX))
+        uris = sorted(entry.uri for entry in listed)
+        self.trials = [uri for uri in uris if uri.endswith(TRIAL_SUFFIX)]
+        self._found = [uri for uri in uris if not uri.endswith(TRIAL_SUFFIX)]
         rows = range(self._shard.first_row, self._shard.first_row + self._shard.rows)
         known: dict[SampleKey, Outcome] = {}
         for uri in self._found:
@@ -96,7 +102,7 @@ class Journal:
         self._found, self._written = [], []
 
     def _write(self, name: str, outcomes: Sequence[Outcome]) -> None:
-        uri = storage.join(self._folder, name)
+        uri = storage.join(self.folder, name)
         table = record_table(self._shard, outcomes, model=self._to.model_name)
         signature = json.dumps({"run": self._to.run_id, "epoch": self._to.epoch}).encode()
         table = table.replace_schema_metadata(

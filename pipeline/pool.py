@@ -9,6 +9,8 @@ does.
 - A replica works as soon as it is up: none waits for another to load, none holds a place idle. That
   is also why runs that share a full cluster cannot block each other.
 - A worker that dies leaves its shards to whichever replica is free, first of all that wait.
+- A shard that workers die of gets a worker of its own (see ``shard_queue``), and the next one on
+  another node if there is one, so that a failing machine proves nothing.
 - A worker that loses the store, or stops by itself, gets nothing more, and ends once its other
   shards have come back. The run fails only if several in a row lose the store.
 - Its successor starts in the same place, unless a node of it is gone, or about to go: then the
@@ -22,8 +24,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -33,11 +34,18 @@ from pipeline.errors import (
     PipelineError,
     StorageUnavailableError,
 )
+from pipeline.shard_queue import QueuedShard, ShardQueue
 
 log = logging.getLogger(__name__)
 
 _DEATHS_PER_SEAT = 4
 """Workers per seat that may end unasked, while no row is completed, until the run fails."""
+_DEATHS_ALONE = 8
+"""Beyond those, of workers with one suspect shard: to halve its rows takes some in a row."""
+_DEATHS_OF_A_SHARD = 64
+"""Workers that may end of one shard: enough for several rows of it to be found."""
+_MORE_ON_A_NODE = 1
+"""Deaths of a suspect on one node beyond those on another before it has to go there."""
 _FAILED_LIVES_IN_A_PLACE = 2
 """Workers in a row that end without one shard done, after which a seat looks for another place:
 its node may be at fault."""
@@ -96,7 +104,15 @@ class Failed(Generic[Worker]):
     error: PipelineError
 
 
-Event = Up[Worker] | Ended[Worker] | Done[Worker, Result] | Failed[Worker]
+@dataclass(frozen=True, slots=True)
+class Suspected(Generic[Worker]):
+    """A worker has given a shard back, as it must run alone: an earlier start ended on it."""
+
+    worker: Worker
+    ticket: int
+
+
+Event = Up[Worker] | Ended[Worker] | Done[Worker, Result] | Failed[Worker] | Suspected[Worker]
 
 
 class Cluster(Protocol[Place, Worker, Given, Result]):
@@ -130,8 +146,9 @@ class Cluster(Protocol[Place, Worker, Given, Result]):
     def start(self, place: Place, name: str) -> Worker:
         """Start a worker in a place that is held."""
 
-    def submit(self, worker: Worker, ticket: int, item: Given) -> None:
-        """Give a worker that is up a shard."""
+    def submit(self, worker: Worker, ticket: int, item: Given, *, alone: bool) -> None:
+        """Give a worker that is up a shard; ``alone`` if workers have died of it: then the worker
+        has no other, and is to find out which of its rows that is."""
 
     def kill(self, worker: Worker) -> None:
         """End a worker at once; its place stays held."""
@@ -152,8 +169,10 @@ class _Seat(Generic[Place, Worker, Item]):
     nodes: frozenset[str] = frozenset()
     worker: Worker | None = None
     up: bool = False
-    work: dict[int, Item] = field(default_factory=dict)
+    work: dict[int, QueuedShard[Item]] = field(default_factory=dict)
     """By ticket."""
+    alone: bool = False
+    """Whether its only shard is a suspect."""
     since: float = 0.0
     """When it began to wait, or its worker to start."""
     reminded: float = 0.0
@@ -170,7 +189,7 @@ class _Seat(Generic[Place, Worker, Item]):
     @property
     def is_open(self) -> bool:
         """Whether its worker takes shards."""
-        return self.up and not self.going and self.ending is None
+        return self.up and not self.going and self.ending is None and not self.alone
 
 
 class Pool(Generic[Place, Worker, Item, Result]):
@@ -202,11 +221,12 @@ class Pool(Generic[Place, Worker, Item, Result]):
         self._depth = depth
         self._spare_cpus = spare_cpus
         self._clock = clock
-        self._queue: deque[tuple[int, Item]] = deque()
-        self._tickets = 0
+        self._queue: ShardQueue[Item] = ShardQueue()
+        self._emptied: _Seat[Place, Worker, Item] | None = None
+        """The seat that gets nothing more until a suspect can have it."""
         self._most_seated = 1
         self._failed_starts = 0
-        self._deaths = 0
+        self._deaths = self._deaths_alone = 0
         self._without_store = 0
         self._any_was_up = False
         self._fatal: PipelineError | None = None
@@ -225,12 +245,13 @@ class Pool(Generic[Place, Worker, Item, Result]):
     @property
     def room(self) -> int:
         """Shards that could be given out at once, beyond those that wait."""
-        free = sum(self._depth - len(seat.work) for seat in self._seats if seat.is_open)
+        takers = [seat for seat in self._seats if seat.is_open and seat is not self._emptied]
+        free = sum(self._depth - len(seat.work) for seat in takers)
         return max(0, free - self.waiting)
 
     @property
     def waiting(self) -> int:
-        """Shards that wait for a replica."""
+        """Shards that wait for a replica, any of them."""
         return len(self._queue)
 
     @property
@@ -260,8 +281,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
 
     def offer(self, item: Item) -> None:
         """One more shard; they are given out in this order."""
-        self._tickets += 1
-        self._queue.append((self._tickets, item))
+        self._queue.offer(item)
 
     def kill(self, name: str) -> bool:
         """End the worker that is up in the seat ``name``, for a successor; False if none is up."""
@@ -274,7 +294,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
 
     def note_progress(self) -> None:
         """A row was completed: what ended before that was no dead end."""
-        self._deaths = 0
+        self._deaths = self._deaths_alone = 0
 
     @property
     def dead_ends(self) -> int:
@@ -283,7 +303,9 @@ class Pool(Generic[Place, Worker, Item, Result]):
         The bound is of the most seats that ever had a place: when nodes go, the deaths so far must
         not look like too many for the seats that stay.
         """
-        return self._deaths if self._deaths > _DEATHS_PER_SEAT * self._most_seated else 0
+        most = _DEATHS_PER_SEAT * self._most_seated
+        found = self._deaths + self._deaths_alone
+        return found if self._deaths > most or found > most + _DEATHS_ALONE else 0
 
     def step(self, timeout_s: float) -> Iterator[Result]:
         """Look after seats, give shards out, and yield what came of those that are done.
@@ -315,11 +337,16 @@ class Pool(Generic[Place, Worker, Item, Result]):
                 self._replace(seat, error)
             case Failed(_, ticket, error):
                 self._failed(seat, ticket, error)
+            case Suspected(_, ticket):
+                seat.work[ticket].suspect()
+                self._queue.put_back([seat.work.pop(ticket)])
             case Done(_, ticket, None) if not self.draining:
                 self._retire(seat, ticket, EngineError("it takes no more rows, unasked"))
             case Done(_, ticket, result):
                 if result is not None:
                     self._failed_starts = self._without_store = seat.failed_lives = 0
+                    self.note_progress()
+                seat.alone = False
                 if seat.work.pop(ticket, None) is not None:
                     yield result
 
@@ -342,7 +369,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
         """Take this shard back, and end the worker when its others have come back, or their time
         is up: they may be writing their journals."""
         if ticket in seat.work:
-            self._wait_again({ticket: seat.work.pop(ticket)})
+            self._queue.put_back([seat.work.pop(ticket)])
         if seat.ending is None:
             seat.ending = (error, self._clock() + _LAST_WORDS_S)
 
@@ -431,15 +458,55 @@ class Pool(Generic[Place, Worker, Item, Result]):
 
     def _give_out(self) -> None:
         """The first shard that waits goes to the replica with the fewest."""
-        while self._queue and not self.draining:
-            free = [seat for seat in self._seats if seat.is_open and len(seat.work) < self._depth]
+        if self.draining:
+            return
+        self._give_out_suspects()
+        while len(self._queue):
+            free = [
+                seat
+                for seat in self._seats
+                if seat.is_open and seat is not self._emptied and len(seat.work) < self._depth
+            ]
             if not free:
                 return
             seat = min(free, key=lambda seat: (len(seat.work), seat.number))
-            ticket, item = self._queue.popleft()
-            seat.work[ticket] = item
-            assert seat.worker is not None
-            self._cluster.submit(seat.worker, ticket, item)
+            self._submit(seat, self._queue.next())
+
+    def _give_out_suspects(self) -> None:
+        """Each suspect gets a replica without work; one at a time is emptied for the next."""
+        self._emptied, before = None, self._emptied
+        for shard in list(self._queue.suspects):
+            seat = self._seat_for(shard, before)
+            if seat is None:
+                continue
+            if seat.work:
+                self._emptied = self._emptied or seat
+                continue
+            self._queue.suspects.remove(shard)
+            seat.alone = True
+            self._submit(seat, shard)
+
+    def _seat_for(
+        self, shard: QueuedShard[Item], emptied: _Seat[Place, Worker, Item] | None
+    ) -> _Seat[Place, Worker, Item] | None:
+        """The replica for a suspect: one without work, or soon without, on a node where it died
+        hardly more often than on others; None if there is none just now."""
+        there = [seat for seat in self._seats if seat.up and not seat.going]
+        fewest = min((shard.deaths_on(seat.nodes) for seat in there), default=0)
+        fitting = [
+            seat
+            for seat in there
+            if seat.is_open and shard.deaths_on(seat.nodes) <= fewest + _MORE_ON_A_NODE
+        ]
+        order = {
+            seat: (bool(seat.work) and seat is not emptied, len(seat.work)) for seat in fitting
+        }
+        return min(fitting, key=lambda seat: (*order[seat], seat.number), default=None)
+
+    def _submit(self, seat: _Seat[Place, Worker, Item], shard: QueuedShard[Item]) -> None:
+        assert seat.worker is not None
+        seat.work[shard.ticket] = shard
+        self._cluster.submit(seat.worker, shard.ticket, shard.item, alone=shard.is_suspect)
 
     def _welcome(self, seat: _Seat[Place, Worker, Item]) -> None:
         seat.up = self._any_was_up = True
@@ -454,7 +521,7 @@ class Pool(Generic[Place, Worker, Item, Result]):
     def _replace(self, seat: _Seat[Place, Worker, Item], error: Exception) -> None:
         log.warning("replica %d of %d ended: %s", seat.number, len(self._seats), error)
         if not seat.going:
-            seat.failed_lives += 1
+            seat.failed_lives += not seat.alone
             self._count_death(seat, error)
         self._vacate(seat)
         if seat.failed_lives >= _FAILED_LIVES_IN_A_PLACE:
@@ -463,19 +530,23 @@ class Pool(Generic[Place, Worker, Item, Result]):
     def _count_death(self, seat: _Seat[Place, Worker, Item], error: Exception) -> None:
         if isinstance(error, EngineRefusalError) and not self._any_was_up:
             self._fatal = self._fatal or error
-        self._deaths += 1
+        self._deaths += not seat.alone
+        self._deaths_alone += seat.alone
         self._failed_starts += not seat.up
         if self._failed_starts > _DEATHS_PER_SEAT * self._most_seated:
             message = f"{self._failed_starts} replicas did not come up: {error}"
             self._fatal = self._fatal or EngineError(message)
+        for shard in seat.work.values() if seat.ending is None else ():
+            shard.count_death(seat.nodes, alone=seat.alone)
+            if shard.deaths > _DEATHS_OF_A_SHARD:
+                message = f"{shard.deaths} replicas ended at the same shard: {error}"
+                self._fatal = self._fatal or EngineError(message)
 
     def _vacate(self, seat: _Seat[Place, Worker, Item]) -> None:
         """The worker is gone; its shards wait first of all, in their old order."""
-        self._wait_again(seat.work)
-        seat.work, seat.worker, seat.up, seat.ending = {}, None, False, None
-
-    def _wait_again(self, work: Mapping[int, Item]) -> None:
-        self._queue = deque(sorted([*self._queue, *work.items()], key=lambda waiting: waiting[0]))
+        self._queue.put_back(seat.work.values())
+        seat.work, seat.worker, seat.up = {}, None, False
+        seat.alone, seat.ending = False, None
 
     def _leave_place(self, seat: _Seat[Place, Worker, Item], why: str) -> None:
         assert seat.place is not None

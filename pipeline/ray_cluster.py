@@ -36,12 +36,12 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline import logs
-from pipeline.actor import NAME_LENGTH, ReplicaActor, ReplicaSpec
+from pipeline.actor import NAME_LENGTH, SUSPECT, ReplicaActor, ReplicaSpec
 from pipeline.capacity import NodeCapacity, bundles, waits_for
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError, PipelineError
 from pipeline.plan import OPEN_SHARDS
-from pipeline.pool import Done, Ended, Event, Failed, Up
+from pipeline.pool import Done, Ended, Event, Failed, Suspected, Up
 from pipeline.profile import Needs
 from pipeline.redact import configure_logging
 
@@ -176,9 +176,9 @@ class RayCluster:
         self._watch(leader.start.remote(meeting, self._needs.nodes), _Call.START, worker)
         return worker
 
-    def submit(self, worker: RayWorker, ticket: int, item: ray.ObjectRef) -> None:
+    def submit(self, worker: RayWorker, ticket: int, item: ray.ObjectRef, *, alone: bool) -> None:
         """See ``pool.Cluster``."""
-        self._watch(worker.leader.run.remote(item), _Call.RUN, worker, ticket)
+        self._watch(worker.leader.run.remote(item, alone), _Call.RUN, worker, ticket)
 
     def kill(self, worker: RayWorker) -> None:
         """See ``pool.Cluster``."""
@@ -236,6 +236,8 @@ class RayCluster:
                         yield Up(worker)
                     case _Call.FOLLOW:
                         yield self._ended(worker, EngineError("its engine ended on another node"))
+                    case _Call.RUN if result == SUSPECT:
+                        yield Suspected(worker, ticket)
                     case _Call.RUN:
                         yield Done(worker, ticket, result)
 

@@ -47,6 +47,8 @@ class Pulse:
     """Of this process."""
     error: str | None = None
     """Why the process is about to end."""
+    made_tokens: int = 0
+    """Completion tokens that this process has made itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Snapshot:
     tally: Tally = field(default_factory=Tally)
     running: int = 0
     """Replicas that were just heard of, and are neither starting nor drained."""
+    made_tokens: int = 0
+    """Completion tokens that all processes have made, lost ones included: it only grows."""
     engine_restarts: int = 0
     replica_restarts: int = 0
     last_error: str | None = None
@@ -91,6 +95,7 @@ class Roster:
         self._shards: dict[int, Tally] = {}
         self._total = Tally()
         self._processes: set[str] = set()
+        self._made_tokens: dict[str, int] = {}
         self._engine_restarts: dict[str, int] = {}
         self._last_error: str | None = None
         self._drain_until: float | None = None
@@ -108,6 +113,7 @@ class Roster:
             if tally != before:
                 self._total += tally - before
             self._shards[shard] = tally
+        self._made_tokens[pulse.process] = pulse.made_tokens
         self._engine_restarts[pulse.process] = pulse.engine_restarts
         self._last_error = pulse.error or self._last_error
         return self._order(now)
@@ -120,6 +126,7 @@ class Roster:
         return Snapshot(
             tally=self._total,
             running=sum(item.seconds < _HEARD_S for item in silent),
+            made_tokens=sum(self._made_tokens.values()),
             engine_restarts=sum(self._engine_restarts.values()),
             replica_restarts=len(self._processes) - len(self._pulses),
             last_error=self._last_error,

@@ -55,6 +55,16 @@ class CountingEngine(EchoEngine):
         return await super().generate(request)
 
 
+class EndingEngine(EchoEngine):
+    """Ends its own process at a row that holds "~"."""
+
+    async def generate(self, request: EngineRequest) -> EngineOutput:
+        """The echo's."""
+        if ord("~") in request.token_ids:
+            os._exit(1)
+        return await super().generate(request)
+
+
 class PatientEngine(EchoEngine):
     """Takes its time until a file appears."""
 
@@ -70,9 +80,9 @@ class PatientEngine(EchoEngine):
 
 
 def start(spec: EngineSpec, *, delay_s: float, fault: str, calls: str, hurry: str) -> EchoEngine:
-    """Called on the replica's node; ``fault`` is "", "start", "die", "poison" or "lengths", which
-    is none, but another engine, as are the one that writes its requests into the folder ``calls``
-    and the one that hurries once the file ``hurry`` is there.
+    """Called on the replica's node; ``fault`` is "", "start", "die", "poison", "exit" or "lengths",
+    which is none, but another engine, as are the one that writes its requests into the folder
+    ``calls`` and the one that hurries once the file ``hurry`` is there.
 
     As many requests are at work as vLLM would take into one step.
     """
@@ -85,6 +95,8 @@ def start(spec: EngineSpec, *, delay_s: float, fault: str, calls: str, hurry: st
         return CountingEngine(Path(calls), delay_s=delay_s, seats=seats)
     if hurry:
         return PatientEngine(Path(hurry), delay_s=delay_s, seats=seats)
+    if fault == "exit":
+        return EndingEngine(delay_s=delay_s, seats=seats)
     if fault == "lengths":
         return LogNormalEngine(delay_s=delay_s, seats=seats)
     counts = spec.engine_args.get("enable_return_routed_experts")

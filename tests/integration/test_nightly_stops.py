@@ -104,7 +104,7 @@ def test_a_part_that_cannot_be_written_ends_the_run_once_the_others_rows_are_kep
     assert (code, result["status"]) == (1, "failed"), log
     assert blocked.name in result["error"]
     blocked.rmdir()
-    assert kept(out)  # only a drain writes it
+    assert list(out.glob("_journal/**/*.parquet"))  # only a drain writes any
 
 
 def test_a_silent_roster_holds_neither_the_run_nor_its_end(
@@ -251,6 +251,29 @@ def test_a_row_that_kills_the_engine_is_one_errored_record(config: Path, tmp_pat
     assert (code, result["rows"]["succeeded"], result["generated_rows"]) == (0, ROWS, 1), log
     after.pop((123, 0))
     assert_not_made_again(after, by_key(records(tmp_path / "out")))
+
+
+def test_a_row_that_ends_its_replicas_process_is_one_errored_record_over_two_starts(
+    config: Path, tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "out", 200
+    prompts = [f"Say {number}{'~' if number == 123 else '.'}" for number in range(rows)]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "in" / "a.parquet")
+    ends = {"FAKE_ENGINE_FAULT": "exit"}
+    small = ("--set", "limits.shard_rows=20", "--set", "limits.max_error_rate=0.1")
+    with started(config, tmp_path / "log", *small, **ends) as job:
+        job.wait_for_files(out, "_journal/*/*.json")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end()[0] == 75
+    before = kept(out)
+    code, result, log = nightly(config, *small, **ends)
+    assert (code, result["rows"]["succeeded"], result["rows"]["errored"]) == (0, rows - 1, 1), log
+    after = by_key(records(out))
+    assert after[123, 0]["error_code"] == "engine_fatal"
+    assert len(after) == rows
+    assert_not_made_again(before, after)
+    assert log.count(" ended: ") <= 10  # of 20 rows at most five halves, and three alone
+    assert not list(out.glob("_journal/**/*.*"))
 
 
 def test_too_many_errors_stop_the_run_early(config: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ class FakeWorker:
     up: bool = False
     gone: bool = False
     work: dict[int, str] = field(default_factory=dict)
+    alone: bool = False
+    """Whether its only shard is a suspect."""
 
 
 class FakeCluster:
@@ -170,8 +172,10 @@ class FakeCluster:
         self.started_in.append(place)
         return worker
 
-    def submit(self, worker: FakeWorker, ticket: int, item: str) -> None:
+    def submit(self, worker: FakeWorker, ticket: int, item: str, *, alone: bool) -> None:
         assert worker.up
+        assert not worker.work or not (alone or worker.alone), "a suspect is not alone"
+        worker.alone = alone
         if not worker.gone:  # Ray would tell a moment later that it is
             worker.work[ticket] = item
 

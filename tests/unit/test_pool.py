@@ -13,7 +13,7 @@ from pipeline.errors import (
     EngineRefusalError,
     StorageUnavailableError,
 )
-from pipeline.pool import Done, Pool
+from pipeline.pool import Done, Pool, Suspected
 from pipeline.profile import Needs
 from tests.unit.fake_cluster import FakeCluster, FakePlace, FakeWorker, Node, SlowCluster
 
@@ -548,6 +548,108 @@ def test_replicas_that_went_with_their_nodes_are_no_dead_ends() -> None:
         assert pool.dead_ends == 33
         pool.note_progress()
         assert pool.dead_ends == 0
+
+
+def deaths_of(cluster: FakeCluster, pool: FakePool, killer: str, *, until: int) -> list[FakeWorker]:
+    """The workers that end as they hold the shard ``killer``, which is done after ``until``."""
+    died: list[FakeWorker] = []
+    done: list[str] = []
+    for _ in range(10_000):
+        if pool.idle:
+            return died
+        for worker in cluster.working:
+            if not worker.up:
+                cluster.come_up(worker)
+            if killer in worker.work.values() and len(died) < until:
+                died.append(worker)
+                cluster.end(worker)
+            for ticket in [] if worker.gone else list(worker.work):
+                cluster.finish(worker, ticket)
+        done += filter(None, pool.step(0))
+    raise AssertionError("shards are left that nobody takes up")
+
+
+def test_a_shard_that_workers_die_of_runs_alone_and_the_others_are_done_beside_it() -> None:
+    cluster = FakeCluster(4, ONE_NODE)
+    with pool_of(cluster, 4, depth=5) as pool:
+        for number in range(100):
+            pool.offer(str(number))
+        died = deaths_of(cluster, pool, "7", until=9)
+        assert len(died) == 9
+        assert [worker.alone for worker in died] == [False] * 2 + [True] * 7
+        assert pool.idle
+
+
+def test_a_suspect_goes_from_node_to_node() -> None:
+    cluster = FakeCluster(4, ONE_NODE)
+    with pool_of(cluster, 4, depth=5) as pool:
+        for number in range(100):
+            pool.offer(str(number))
+        died = [worker for worker in deaths_of(cluster, pool, "7", until=12) if worker.alone]
+        nodes = [worker.place.nodes[0] for worker in died]
+        assert len(set(nodes[:3])) > 1
+        counts = [nodes.count(node) for node in cluster.nodes]
+        assert max(counts) - min(counts) <= 2
+
+
+@pytest.mark.parametrize("until", [1, 2, 8])
+def test_one_replica_alone_can_try_a_suspect_too(until: int) -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1, depth=5) as pool:
+        for number in range(20):
+            pool.offer(str(number))
+        pool.all_read = True
+        died = deaths_of(cluster, pool, "3", until=until)
+        assert len(died) == until
+        assert sum(worker.alone for worker in died) == max(0, until - 2)
+
+
+def test_a_shard_that_an_earlier_start_died_of_runs_alone_at_once() -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        all_up(cluster, pool)
+        for shard in "ab":
+            pool.offer(shard)
+        list(pool.step(0))
+        (worker,) = cluster.working
+        worker.work.pop(1)
+        cluster.events.append(Suspected(worker, 1))
+        list(pool.step(0))
+        assert list(worker.work.values()) == ["b"]  # until it is through, nothing more
+        cluster.finish(worker, 2)
+        assert list(pool.step(0)) == ["b"]
+        assert (list(worker.work.values()), worker.alone) == (["a"], True)
+        assert list(finish_all(cluster, pool)) == ["a"]
+
+
+def test_a_worker_that_goes_with_its_node_or_loses_the_store_makes_no_suspect() -> None:
+    cluster = FakeCluster(8, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        pool.offer("a")
+        for _ in range(3):
+            all_up(cluster, pool)
+            cluster.lose_node(cluster.working[0].place.nodes[0])
+            cluster.events.clear()  # Ray tells of the node first
+            all_up(cluster, pool)
+            (worker,) = cluster.working
+            cluster.events.append(Done(worker, 1, None))
+            list(pool.step(0))
+        all_up(cluster, pool)
+        assert [worker.alone for worker in cluster.working] == [False]
+        assert list(finish_all(cluster, pool)) == ["a"]
+
+
+def test_deaths_of_suspects_alone_are_bounded_too() -> None:
+    cluster = FakeCluster(1, ONE_NODE)
+    with pool_of(cluster, 1) as pool:
+        pool.offer("a")
+        deaths = 0
+        while not pool.dead_ends:
+            all_up(cluster, pool)
+            cluster.end(cluster.working[0])
+            list(pool.step(0))
+            deaths += 1
+        assert deaths == 13
 
 
 def test_a_drained_replica_gives_its_shards_back_undone() -> None:

@@ -114,7 +114,7 @@ def _expected(recorded: Recorded, shards: Sequence[Shard], changed: frozenset[st
     defaults = [sampling["seed"] for sampling in recorded.values_of("sampling")]
     return Expected(
         output_uri=run.uri,
-        run_id=run.id,
+        to=run.to,
         schema=_common_schema(recorded, shards),
         models=frozenset(str(model["name"]) for model in recorded.values_of("model")),
         run_seeds=tuple(recorded.values_of("seed")),

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.verify.checks import CheckName, Findings
 from jobs.verify.columns import Flags, Records, asked_samples, recount
-from pipeline.commit import PartStats, StoredPart, part_uri, read_stored_part
+from pipeline.commit import Destination, PartStats, StoredPart, counts, part_uri, read_stored_part
 from pipeline.duplicates import Duplicates
 from pipeline.errors import ErrorCode, StorageError
 from pipeline.plan import Shard
@@ -36,7 +36,8 @@ class Expected:
     """What every part of the run must agree with."""
 
     output_uri: str
-    run_id: str
+    to: Destination
+    """The run, and what was retried in it."""
     schema: pa.Schema
     """Of all parts."""
     models: frozenset[str]
@@ -114,8 +115,11 @@ def _check_origin(
     stored: StoredPart, shard: Shard, expected: Expected, uri: str, findings: Findings
 ) -> None:
     stats = stored.stats
-    if stats.run != expected.run_id:
+    if stats.run != expected.to.run_id:
         findings.add(CheckName.PARTS, uri, f"is of another run ({stats.run or 'unnamed'})")
+    elif not counts(expected.to, stats):
+        what = "has records that were retried since: an attempt from before --retry wrote it late"
+        findings.add(CheckName.PARTS, uri, what)
     if stats.shard != shard.index:
         findings.add(CheckName.PARTS, uri, f"was written as the part of shard {stats.shard}")
     if stored.checksum is None:

@@ -284,3 +284,12 @@ def test_rows_made_before_an_accepted_change_keep_their_seeds(out: Path) -> None
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunMismatchError, match="holds no run"):
         open_recorded(str(tmp_path))
+
+
+def test_a_part_with_records_that_were_retried_since_is_a_fault(out: Path) -> None:
+    manifest = json.loads((out / "run.json").read_text())
+    manifest["retries"] = [{"what": ["duplicate_custom_id"], "at": "2026-12-01T00:00:00+00:00"}]
+    (out / "run.json").write_text(json.dumps(manifest))
+    assert red(look(out)) == {
+        "parts": "has records that were retried since: an attempt from before --retry wrote it late"
+    }

@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 from tenacity import wait_random_exponential as backoff
 
-from pipeline import faults
+from pipeline import __version__, faults
 from pipeline.errors import ErrorCode, RowError, StorageUnavailableError
 from pipeline.redact import shown_uri
 
@@ -34,10 +34,14 @@ _ATTEMPTS = 4
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _GONE = frozenset({404, 410})
+_USER_AGENT = f"maverick-batch/{__version__} (batch inference; images of its input's rows) aiohttp"
+"""Some hosts, Wikimedia's among them, answer no client that does not name itself."""
 _CHUNK = 64 * 2**10
 _NAT64 = IPv6Network("64:ff9b::/96")
 _AZURE_HOST = IPv4Address("168.63.129.16")  # a public number for Azure's own machine service
 _URI = re.compile(r"[!#-\[\]_a-z~]+", re.I)  # printable ASCII; neither quotes nor backslashes
+_KEPT = "!#$%&'()*+,-./:;=?@[]_~"
+"""Punctuation that is not percent-encoded; ``%`` as it may begin what is."""
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NUMERIC = re.compile(r"(?:.*\.)?(?:0x[0-9a-f]*|[0-9]+)")
@@ -89,7 +93,7 @@ class WebReader:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None),
-            headers={"Accept-Encoding": "identity"},
+            headers={"Accept-Encoding": "identity", "User-Agent": _USER_AGENT},
             auto_decompress=False,
             trust_env=False,
         ) as session:
@@ -133,6 +137,7 @@ class WebReader:
     async def _follow(self, session: aiohttp.ClientSession, uri: str) -> bytes:
         """The body behind ``uri`` and at most five redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
+            uri = _encoded(uri)
             found = await self._get(session, uri)
             if isinstance(found, bytes):
                 return found
@@ -181,7 +186,7 @@ class WebReader:
             _RefusedError: it may not.
         """
         if not _URI.fullmatch(uri):
-            raise _RefusedError("it holds characters that a URI must percent-encode")
+            raise _RefusedError("it is no URL")
         try:
             parts = urlsplit(uri)
             host, port = parts.hostname or "", parts.port
@@ -216,6 +221,35 @@ class WebReader:
             )
 
 
+def _encoded(uri: str) -> str:
+    """``uri`` as it is sent: without blanks around it, in ASCII.
+
+    Raises:
+        _RefusedError: it could be read in two ways, or its host is none.
+    """
+    uri = uri.strip()
+    if "\\" in uri or any(character < " " or character == "\x7f" for character in uri):
+        raise _RefusedError("it holds a backslash or a control character")
+    scheme, separator, rest = uri.partition("://")
+    end = min((at for mark in "/?#" if (at := rest.find(mark)) >= 0), default=len(rest))
+    host, colon, port = rest[:end].partition(":")
+    try:
+        return f"{scheme}{separator}{_ascii(host)}{colon}{port}{quote(rest[end:], safe=_KEPT)}"
+    except UnicodeError as error:
+        raise _RefusedError(f"it is no URL: {error}") from None
+
+
+def _ascii(host: str) -> str:
+    """A host as DNS knows it.
+
+    Raises:
+        UnicodeError: it is none.
+    """
+    import idna  # aiohttp brings it
+
+    return host if host.isascii() else idna.encode(host, uts46=True).decode()
+
+
 def too_large(max_bytes: int) -> RowError:
     """What becomes of a row whose image is above ``limits.max_image_bytes``."""
     return RowError(
@@ -224,9 +258,10 @@ def too_large(max_bytes: int) -> RowError:
 
 
 def _matches(entry: str, candidates: set[str]) -> bool:
+    name = _ascii(entry.removeprefix("*."))
     if not entry.startswith("*."):
-        return entry in candidates
-    return any(candidate.endswith(entry[1:]) for candidate in candidates)
+        return name in candidates
+    return any(candidate.endswith(f".{name}") for candidate in candidates)
 
 
 def _check_answer(response: aiohttp.ClientResponse) -> None:

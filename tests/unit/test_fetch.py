@@ -37,6 +37,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(302, b"", Location="file:///etc/passwd")
         elif name == "/busy-then-ok":
             self._answer(429 if seen.count(self.path) < 3 else 200, BODY)
+        elif name == "/named":
+            self._answer(200, self.headers["User-Agent"].encode())
+        elif name == "/to-blanks":
+            self._answer(302, b"", Location="/a b.png")
         elif name.startswith("/status/"):
             self._answer(int(name.rpartition("/")[2]), b"")
         elif name == "/gzip":
@@ -172,7 +176,10 @@ def test_an_allowed_name_that_leads_to_this_machine_is_not_connected_to(server: 
         "http://good.example@127.0.0.1/",
         "http://good.example\\@127.0.0.1/",
         "http://good.example./",
-        "http://good\u3002example/",
+        "http://evil\u3002example/",
+        "http://\uff11\uff12\uff17.0.0.1/",
+        "http://good.example\u2100evil.example/",
+        "http://good.example/a\\b",
         "http://good.example:22/",
         "http://evilgood.example/",
         "http:///a.png",
@@ -297,3 +304,57 @@ def test_an_error_that_repeats_a_long_uri_is_cut() -> None:
     found = ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri])[uri]
     assert isinstance(found, RowError)
     assert len(found.message) < 1100
+
+
+def test_a_server_is_told_who_asks(server: _Server) -> None:
+    found = get(server, "/named")
+    assert isinstance(found, bytes)
+    assert found.startswith(b"maverick-batch/")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/Caf\u00e9 1.jpg", "/Caf%C3%A9%201.jpg"),
+        ("/a%20b.png?x=\u00e9 f&y=%C3%A9#part", "/a%20b.png?x=%C3%A9%20f&y=%C3%A9"),
+        ("/ok \t\n", "/ok"),
+        ("/{a}|^`<b>.png", "/%7Ba%7D%7C%5E%60%3Cb%3E.png"),
+        ("/100%.png", "/100%.png"),
+        ("/to-blanks", "/a%20b.png"),
+    ],
+)
+def test_a_uri_as_people_write_it_is_encoded(server: _Server, path: str, asked: str) -> None:
+    uri = f" http://{server.host}{path}"
+    reader = WebReader((server.host,), 60, LIMIT, 4, anything)
+    assert ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch([uri]) == {uri: BODY}
+    assert server.seen[-1] == asked
+
+
+def test_a_host_in_any_script_is_the_one_that_dns_knows(server: _Server) -> None:
+    port = server.host.partition(":")[2]
+    names = ("b\u00fccher.example", "*.b\u00fccher.example", "xn--bcher-kva.example")
+    for name in names:
+        host = name.replace("*", "www")
+        reader = WebReader((f"{name}:{port}",), 60, LIMIT, 4, lambda _: False)
+        uris = [f"http://{host}:{port}/ok", f"http://{host.upper()}:{port}/ok"]
+        for found in ImageFetcher("s3://in/rows", LIMIT, 4, web=reader).fetch(uris).values():
+            assert isinstance(found, RowError)
+            assert "images.domains" not in found.message  # it is allowed, and not to be found
+
+
+class _Counted(str):
+    """A URI that counts how often it is looked up."""
+
+    __slots__ = ()
+    hashed = 0
+
+    def __hash__(self) -> int:
+        _Counted.hashed += 1
+        return super().__hash__()
+
+
+def test_each_of_many_web_images_is_looked_up_a_few_times() -> None:
+    uris = [_Counted(f"http://bad.example/{number}") for number in range(200)]
+    found = ImageFetcher("s3://in/rows", LIMIT, 4, web=WebReader((), 5, LIMIT, 4)).fetch(uris)
+    assert list(found) == uris
+    assert _Counted.hashed < 10 * len(uris)  # in a set made anew for each: 200 times

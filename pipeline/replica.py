@@ -67,6 +67,9 @@ _CHECKS_PER_STALL = 20
 _STEPS_PER_EXPECTED = 16
 """Steps of the fastest rank for each that a request is expected to take: ranks differ in speed,
 pipeline stages take turns, and preempted requests begin anew."""
+_LET_GO_S = 0.1
+"""What an engine's cancelled tasks get to end before the next start: that blocks the loop, and what
+they hold would outlive it."""
 _DRAIN_SLACK_S = 1.0
 _LAST_CHECKS_S = 3.0
 """What answers get beyond that whose structure is still being checked: they are paid for."""
@@ -435,6 +438,7 @@ class Replica:
     async def _restart(self, life: _Life) -> None:
         try:
             life.shutdown()
+            await asyncio.sleep(_LET_GO_S)
             if self.draining:  # nobody would enter the next one
                 return
             self._give_up_on_a_broken_engine(life)

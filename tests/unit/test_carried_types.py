@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -321,6 +322,16 @@ def test_files_that_no_type_holds_both_of_are_refused_by_name(
     store(tmp_path, one, other)
     with pytest.raises(InputError, match=r"/in/[01]\.parquet: column 'x' is .*output\.carry"):
         open_input(f"{tmp_path}/in", renamed={}, carry=None)
+
+
+def test_types_that_only_parquet_names_are_carried_as_arrows(tmp_path: Path) -> None:
+    """DuckDB writes no Arrow schema: UUID and JSON are Parquet's own logical types."""
+    (tmp_path / "in").mkdir()
+    rows = "SELECT '?' AS prompt, '00000000-0000-0000-0000-000000000007'::UUID u, '[1]'::JSON j"
+    duckdb.sql(f"COPY ({rows}) TO '{tmp_path}/in/a.parquet' (FORMAT parquet)")
+    found = carry(tmp_path, ["u", "j"])
+    assert found.schema.types == [pa.uuid(), pa.json_()]
+    assert found.to_pylist() == [{"u": uuid.UUID(int=7), "j": "[1]"}]
 
 
 def test_an_extension_that_nobody_here_knows_keeps_its_name(tmp_path: Path) -> None:

@@ -281,12 +281,13 @@ class Renderer:
 
     async def _work_off(self) -> None:
         loop = asyncio.get_running_loop()
+        images = _Images()
         while self._waiting:
             count = min(_RENDERED_AT_ONCE, len(self._waiting))
             batch = [self._waiting.popleft() for _ in range(count)]
             wanted = [(request, future) for request, future in batch if not future.done()]
             results = await loop.run_in_executor(
-                self._thread, self._rendered_all, [request for request, _ in wanted]
+                self._thread, self._rendered_all, images, [request for request, _ in wanted]
             )
             for (_, future), result in zip(wanted, results, strict=True):
                 if future.done():  # cancelled
@@ -297,26 +298,47 @@ class Renderer:
                     future.set_result(result)
         self._work = None
 
-    def _rendered_all(self, requests: Sequence[EngineRequest]) -> list[Any]:
+    def _rendered_all(self, images: _Images, requests: Sequence[EngineRequest]) -> list[Any]:
         """Per request its input, or what is wrong with it."""
         results: list[Any] = []
         with self.cpu.counts(Step.RENDER):
             for request in requests:
                 try:
-                    results.append(self._rendered(request))
+                    results.append(self._rendered(request, images))
                 except BaseException as error:  # noqa: BLE001 - raised where the request waits
                     results.append(error)
         return results
 
-    def _rendered(self, request: EngineRequest) -> Any:
+    def _rendered(self, request: EngineRequest, images: _Images | None = None) -> Any:
         prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
         if request.images:
-            images = [decode(data) for data in request.images]
-            prompt["multi_modal_data"] = {"image": images}
+            decoded, digests = (images or _Images()).of(request)
+            prompt["multi_modal_data"] = {"image": decoded}
             # what caches know an image by; without it vLLM hashes the pixels, many times the bytes
-            prompt["multi_modal_uuids"] = {"image": [digest_image(data) for data in request.images]}
+            prompt["multi_modal_uuids"] = {"image": digests}
         (rendered,) = self._render([prompt])
         return rendered
+
+
+class _Images:
+    """Decoded images of one row at a time: its samples wait beside each other."""
+
+    def __init__(self) -> None:
+        self._source: tuple[bytes, ...] = ()
+        self._decoded: tuple[list[Any], list[str]] = ([], [])
+
+    def of(self, request: EngineRequest) -> tuple[list[Any], list[str]]:
+        """The request's images and their digests.
+
+        Raises:
+            RowError: an image cannot be decoded.
+        """
+        if request.images is not self._source:
+            images = [decode(data) for data in request.images]
+            self._decoded = images, [digest_image(data) for data in request.images]
+            self._source = request.images
+        images, digests = self._decoded
+        return list(images), list(digests)
 
 
 def check_ending(finish_reason: str | None) -> None:

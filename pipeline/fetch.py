@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline import storage
 from pipeline.errors import ErrorCode, RowError, StorageError
 from pipeline.redact import shown_uri
-from pipeline.web import SCHEMES, WebReader, too_large
+from pipeline.web import MOST_BLOCK_BYTES, SCHEMES, Allowance, WebReader, too_large
 
 Fetched = bytes | RowError
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -38,6 +39,8 @@ class ImageFetcher:
     """Further folders or buckets that may be read."""
     web: WebReader | None = None
     """Reads http(s) URIs; None: there are no such hosts."""
+    max_block_bytes: int = MOST_BLOCK_BYTES
+    """Of a block's distinct images together."""
 
     def fetch(self, uris: Iterable[str]) -> Mapping[str, Fetched]:
         """Each distinct URI's bytes, or why it could not be had."""
@@ -51,9 +54,11 @@ class ImageFetcher:
             (online if by_web else stored).append(uri)
         targets = {uri: self._target(uri) for uri in stored}
         places = {t: uri for uri, t in targets.items() if isinstance(t, str)}  # by any spelling
+        allowance = Allowance(self.max_block_bytes)
         with ThreadPoolExecutor(min(self.concurrency, len(distinct)) + 1) as pool:
-            answers = pool.submit(self.web.read, online) if self.web and online else None
-            read = dict(zip(places, pool.map(self._read, places, places.values()), strict=True))
+            answers = pool.submit(self.web.read, online, allowance) if self.web and online else None
+            read_one = partial(self._read, allowance)
+            read = dict(zip(places, pool.map(read_one, places, places.values()), strict=True))
             found = {uri: read[t] if isinstance(t, str) else t for uri, t in targets.items()}
             return {**found, **(answers.result() if answers else {})}
 
@@ -107,9 +112,12 @@ class ImageFetcher:
         scheme, inside = _own_bucket(self.root)
         return ", ".join([f"{scheme}://{inside}", *self.roots])
 
-    def _read(self, target: str, uri: str) -> Fetched:
+    def _read(self, allowance: Allowance, target: str, uri: str) -> Fetched:
         try:
-            return storage.read_bytes(target, limit=self.max_bytes + 1)
+            allowance.check()
+            return allowance.taken(storage.read_bytes(target, limit=self.max_bytes + 1))
+        except RowError as error:
+            return error
         except FileNotFoundError:
             return RowError(ErrorCode.IMAGE_NOT_FOUND, f"no image at {shown_uri(uri)}")
         except StorageError as error:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -193,7 +193,8 @@ _PREPARED_FIELDS = [
     ("input_row", pa.int64()),
     ("custom_id", pa.string()),
     ("token_ids", pa.large_list(pa.int32())),
-    ("images", pa.large_list(pa.large_binary())),
+    ("images", pa.large_list(pa.int32())),  # places in the block's ``image_data``
+    ("image_data", pa.large_list(pa.large_binary())),  # those that no earlier row has
     ("image_tokens", pa.int64()),
     ("prompt_tokens", pa.int64()),
     ("sampling", pa.string()),
@@ -248,12 +249,15 @@ def prepared_block(
     """Prepared rows of one shard, in input order, with the columns to carry beside them."""
     ready = [item if isinstance(item, Prepared) else None for item in items]
     failed = [item if isinstance(item, Failure) else None for item in items]
+    places: dict[bytes, int] = {}
+    image_data: list[object] = [_new_images(item, places) for item in ready]
     values: dict[str, list[object]] = {
         "shard": [asdict(shard)] * len(items),
         "input_row": [item.input_row for item in items],
         "custom_id": [item.custom_id for item in items],
         "token_ids": [item and item.token_ids for item in ready],
-        "images": [item and item.images for item in ready],
+        "images": [item and [places[data] for data in item.images] for item in ready],
+        "image_data": image_data,
         "image_tokens": [item.image_tokens for item in items],
         "prompt_tokens": [item.prompt_tokens for item in items],
         "sampling": [
@@ -268,14 +272,22 @@ def prepared_block(
     return pa.table({**columns, "carried": _to_struct(carried, len(items))})
 
 
+def _new_images(item: Prepared | None, places: dict[bytes, int]) -> list[bytes]:
+    """Images that have no place in the block yet; they get one in ``places``."""
+    new = [data for data in dict.fromkeys(item.images if item else ()) if data not in places]
+    places.update(zip(new, count(len(places)), strict=False))
+    return new
+
+
 def read_prepared(block: pa.Table) -> list[Prepared | Failure]:
     """The inverse of ``prepared_block`` (without the carried columns)."""
-    names = [name for name, _ in _PREPARED_FIELDS if name not in ("shard", "token_ids")]
-    rows = block.select(names).to_pylist()
+    apart = ("shard", "token_ids", "image_data")
+    rows = block.select([name for name, _ in _PREPARED_FIELDS if name not in apart]).to_pylist()
+    images = _one_array(block.column("image_data")).flatten().to_pylist()
     asked = {row["sampling"] for row in rows if row["error_code"] is None}
     sampling = {text: Sampling.model_validate_json(text) for text in asked}
     return [
-        _prepared(row, token_ids, sampling[row["sampling"]])
+        _prepared(row, token_ids, sampling[row["sampling"]], images)
         if row["error_code"] is None
         else _failure(row)
         for row, token_ids in zip(rows, _token_ids(block), strict=True)
@@ -415,12 +427,14 @@ def read_records(table: pa.Table) -> list[Outcome]:
     return [_outcome(record) for record in records]
 
 
-def _prepared(row: dict[str, object], token_ids: Sequence[int], sampling: Sampling) -> Prepared:
+def _prepared(
+    row: dict[str, object], token_ids: Sequence[int], sampling: Sampling, images: Sequence[bytes]
+) -> Prepared:
     return Prepared(
         input_row=row["input_row"],  # type: ignore[arg-type]
         custom_id=row["custom_id"],  # type: ignore[arg-type]
         token_ids=token_ids,
-        images=tuple(row["images"]),  # type: ignore[arg-type]
+        images=tuple(images[place] for place in row["images"]),  # type: ignore[attr-defined]
         image_tokens=row["image_tokens"],  # type: ignore[arg-type]
         prompt_tokens=row["prompt_tokens"],  # type: ignore[arg-type]
         sampling=sampling,

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 SCHEMES = ("http", "https")
 _PORTS = {"http": 80, "https": 443}
+MOST_BLOCK_BYTES = 2 * 2**30
+"""Of fetched images that a task holds at once: 128 rows with 16 MB each."""
 _ATTEMPTS = 4
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -66,6 +69,37 @@ def is_public(address: str) -> bool:
     return ip.is_global and not refused and ip != _AZURE_HOST
 
 
+class Allowance:
+    """The bytes that the distinct images of one block may have together.
+
+    What is being read as it runs out comes on top: ``image_fetch_concurrency`` images at most.
+    """
+
+    def __init__(self, most: int = MOST_BLOCK_BYTES) -> None:
+        self._most = most
+        self._lock = Lock()
+        self._used = 0
+
+    def check(self) -> None:
+        """Refuse one more image once all are used.
+
+        Raises:
+            RowError: ``image_too_large``.
+        """
+        if self._used >= self._most:
+            raise RowError(
+                ErrorCode.IMAGE_TOO_LARGE,
+                f"the images of this row's shard have {self._used} bytes before it, above "
+                f"{self._most}; start a new run with a lower limits.shard_rows",
+            )
+
+    def taken(self, data: bytes) -> bytes:
+        """``data``, counted."""
+        with self._lock:
+            self._used += len(data)
+        return data
+
+
 @dataclass(frozen=True, slots=True)
 class WebReader:
     """Reads the images that rows name by http(s) URIs."""
@@ -79,11 +113,15 @@ class WebReader:
     may_connect: Callable[[str], bool] = is_public
     """Whether an IP address may be connected to."""
 
-    def read(self, uris: Sequence[str]) -> Mapping[str, bytes | RowError]:
+    def read(
+        self, uris: Sequence[str], allowance: Allowance | None = None
+    ) -> Mapping[str, bytes | RowError]:
         """Each URI's bytes, or why they could not be had. Not to be called inside an event loop."""
-        return asyncio.run(self._read_all(uris)) if uris else {}
+        return asyncio.run(self._read_all(uris, allowance or Allowance())) if uris else {}
 
-    async def _read_all(self, uris: Sequence[str]) -> Mapping[str, bytes | RowError]:
+    async def _read_all(
+        self, uris: Sequence[str], allowance: Allowance
+    ) -> Mapping[str, bytes | RowError]:
         import aiohttp  # 0.2 s that a run without web images need not wait for
 
         connector = aiohttp.TCPConnector(
@@ -98,16 +136,23 @@ class WebReader:
             trust_env=False,
         ) as session:
             gate = asyncio.Semaphore(self.concurrency)
-            found = await asyncio.gather(*(self._read_one(session, gate, uri) for uri in uris))
+            found = await asyncio.gather(
+                *(self._read_one(session, gate, uri, allowance) for uri in uris)
+            )
         return dict(zip(uris, found, strict=True))
 
     async def _read_one(
-        self, session: aiohttp.ClientSession, gate: asyncio.Semaphore, uri: str
+        self,
+        session: aiohttp.ClientSession,
+        gate: asyncio.Semaphore,
+        uri: str,
+        allowance: Allowance,
     ) -> bytes | RowError:
         shown = shown_uri(uri)
         try:
             async with gate, asyncio.timeout(self.timeout_s):
-                return await self._patiently(session, uri)
+                allowance.check()
+                return allowance.taken(await self._patiently(session, uri))
         except RowError as error:
             return error
         except _RefusedError as error:

@@ -43,3 +43,30 @@ def test_what_an_image_does_to_its_decoder_is_raised_where_its_request_waits(
 
 def request(number: int) -> EngineRequest:
     return EngineRequest(f"0-{number}-0", [1], (png(),), Sampling(), seed=number)
+
+
+def test_the_samples_of_a_row_share_its_decoded_images() -> None:
+    seen: list[int] = []
+
+    def render(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        seen.append(id(prompts[0]["multi_modal_data"]["image"][0]))
+        kept.append(prompts[0])
+        return prompts
+
+    async def render_all() -> None:
+        renderer = Renderer(render)
+        rows = [(png(),), (png(),)]
+        samples = [
+            EngineRequest(f"0-{row}-{sample}", [1], images, Sampling(), seed=sample)
+            for row, images in enumerate(rows)
+            for sample in range(20)
+        ]
+        await asyncio.gather(*(renderer.render(sample) for sample in samples))
+        renderer.shutdown()
+
+    kept: list[dict[str, Any]] = []  # or an id could be used twice
+    asyncio.run(render_all())
+    assert len(seen) == 40
+    assert len(set(seen[:20])) == len(set(seen[20:])) == 1
+    assert seen[0] != seen[20]
+    assert len({prompt["multi_modal_uuids"]["image"][0] for prompt in kept}) == 1

@@ -358,3 +358,19 @@ def test_each_of_many_web_images_is_looked_up_a_few_times() -> None:
     found = ImageFetcher("s3://in/rows", LIMIT, 4, web=WebReader((), 5, LIMIT, 4)).fetch(uris)
     assert list(found) == uris
     assert _Counted.hashed < 10 * len(uris)  # in a set made anew for each: 200 times
+
+
+def test_the_images_of_a_block_are_bounded_together(server: _Server, tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(bytes(400))
+    reader = WebReader((server.host,), 60, LIMIT, 1, anything)
+    fetcher = ImageFetcher(f"file://{tmp_path}", LIMIT, 1, web=reader, max_block_bytes=1000)
+    found = fetcher.fetch([f"{number}.png" for number in range(5)])
+    refused = [each for each in found.values() if isinstance(each, RowError)]
+    assert len(found) - len(refused) in (3, 4)  # two threads may both see room for one more
+    assert {each.code for each in refused} == {ErrorCode.IMAGE_TOO_LARGE}
+    assert "lower limits.shard_rows" in refused[0].message
+    online = [f"http://{server.host}/{number}" for number in range(60)]
+    refused = [each for each in fetcher.fetch(online).values() if isinstance(each, RowError)]
+    assert {each.code for each in refused} == {ErrorCode.IMAGE_TOO_LARGE}
+    assert len(server.seen) == 60 - len(refused) == -(-1000 // len(BODY))

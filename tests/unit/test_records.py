@@ -21,6 +21,7 @@ from pipeline.records import (
     block_shard,
     carried_columns,
     carried_names,
+    count_images,
     input_block,
     part_table,
     prepared_block,
@@ -187,3 +188,17 @@ def test_records_of_a_run_that_began_before_the_digests_are_read_without_them() 
     table = record_table(SHARD, [completion(10)], model="m")
     earlier = table.drop_columns(["prompt_digest", "completion_digest"])
     assert read_records(earlier) == [completion(10)]
+
+
+def test_an_image_that_many_rows_share_lies_in_the_block_once() -> None:
+    shared, own = bytes(10**6), b"own"
+    items = [
+        replace(PREPARED, input_row=row, images=(shared, own, shared) if row % 2 else (shared,))
+        for row in range(128)
+    ]
+    block = prepared_block(SHARD, items, pa.table({"label": ["x"] * 128}))
+    assert block.nbytes < 1.2 * 10**6
+    found = [item for item in read_prepared(block) if isinstance(item, Prepared)]
+    assert [item.images for item in found] == [item.images for item in items]
+    assert len({id(item.images[0]) for item in found}) == 1
+    assert count_images(block) == 64 * 4

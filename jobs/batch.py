@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from jobs import signals
-from jobs.cli import name_run
+from jobs.cli import end_budget, name_run
 from jobs.settle import (
     Job,
     Options,
@@ -30,6 +30,7 @@ from jobs.settle import (
     settle,
 )
 from pipeline import logs, storage
+from pipeline.budget import Budget
 from pipeline.commit import (
     PartStats,
     commit_outcomes,
@@ -57,8 +58,11 @@ from pipeline.watch import Reason, Watch
 
 log = logging.getLogger(__name__)
 
-_TOTALS_S = 3.0
-"""What the totals of an interrupted run may take: it has to be gone by ``limits.drain_s``."""
+_REPORT_S = 4.0
+"""What the totals and the report of an interrupted run may take: of ``limits.drain_s``, little is
+left by then."""
+_LATER_S = 2.0
+"""What follows the report within the same time: a last look at progress, the lease, Ray."""
 
 
 def run_batch(
@@ -142,7 +146,7 @@ def connected(job: Job) -> Iterator[None]:
     from pipeline.flow import cluster, cluster_grows, cluster_nodes
     from pipeline.ray_metrics import Exporter
 
-    with cluster(local_cpus=local_cpus()), Exporter(run=job.config.name):
+    with cluster(local_cpus=local_cpus(), budget=end_budget), Exporter(run=job.config.name):
         signals.insist()
         check_capacity(job, cluster_nodes(), grows=cluster_grows())
         yield
@@ -158,7 +162,7 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
     """
     with (
         signals.deferred(job.config.limits.drain_s, "keeping what is finished, then exit"),
-        Lease.acquire(job.run.uri, wait=job.options.wait, pause=signals.pause_or_stop) as lease,
+        acquired(job.run.uri, wait=job.options.wait) as lease,
     ):
         confirm = confirming(lease)
         run = job.open_run()  # another driver may have gone on with it meanwhile
@@ -172,6 +176,15 @@ def _owned(job: Job) -> Iterator[tuple[Job, Lease]]:
             confirm()
             job = replace(job, run=run.retry(what, found.shards))
         yield job, lease
+
+
+def acquired(uri: str, *, wait: bool) -> Lease:
+    """The lease of what is at ``uri``; a signal ends the wait for it, and bounds its release.
+
+    Raises:
+        Interrupted, RunBusyError, StorageError: see ``Lease.acquire``.
+    """
+    return Lease.acquire(uri, wait=wait, pause=signals.pause_or_stop, budget=end_budget)
 
 
 def confirming(lease: Lease) -> Callable[[], None]:
@@ -206,7 +219,12 @@ def _told(job: Job, lease: Lease) -> Iterator[tuple[LiveRun, _Parts]]:
         fewest_replicas=config.engine.fewest_replicas,
     )
     try:
-        with LiveRun(about, earlier_totals=parts.earlier, lease_lost=lambda: lease.lost) as live:
+        with LiveRun(
+            about,
+            earlier_totals=parts.earlier,
+            lease_lost=lambda: lease.lost,
+            budget=end_budget,
+        ) as live:
             yield live, parts
     finally:
         parts.stop()
@@ -225,7 +243,8 @@ def _generate(job: Job, lease: Lease, live: LiveRun, parts: _Parts) -> Result:
             min_rows=limits.error_rate_min_rows,
             deadline=job.deadline,
             lease_lost=lambda: lease.lost,
-            interrupted=_signal_name,
+            drain_s=limits.drain_s,
+            interrupted=_interruption,
             show=lambda seen: display.update(
                 seen.tally,
                 running=seen.running,
@@ -234,9 +253,9 @@ def _generate(job: Job, lease: Lease, live: LiveRun, parts: _Parts) -> Result:
             ),
         )
 
-        def look(seen: Snapshot) -> bool:
+        def look(seen: Snapshot) -> Budget | None:
             stop = watch(seen)
-            live.tell(seen, draining=stop)
+            live.tell(seen, draining=stop is not None)
             return stop
 
         try:
@@ -321,7 +340,8 @@ def _broken(job: Job, lease: Lease, status: RunStatus, error: str, parts: _Parts
     Raises:
         LeaseLostError: the run is another driver's by now, and so is its report.
     """
-    parts.wait(_TOTALS_S)
+    budget = Budget.of(end_budget().left(_REPORT_S, keep=_LATER_S))
+    parts.wait(budget.left() / 2)
     result = Result(
         status=status,
         run=job.run.uri,
@@ -332,7 +352,7 @@ def _broken(job: Job, lease: Lease, status: RunStatus, error: str, parts: _Parts
         error=error,
     )
     try:
-        with storage.patience(_TOTALS_S):
+        with storage.patience_in_all(budget.left()):
             result = _with_all_parts(job, result, parts)
             lease.confirm()
             write_report(result, job.run.manifest, _money(job, result))
@@ -433,10 +453,10 @@ class _Parts:
         return earlier.totals()
 
 
-def _signal_name() -> str | None:
-    """Of the signal that was heard."""
+def _interruption() -> tuple[str, float] | None:
+    """The signal that was noted, and by when it wants an end."""
     heard = signals.heard()
-    return None if heard is None else heard.name
+    return None if heard is None else (heard.name, signals.end_by())
 
 
 def _all_parts(run: Run, parts: _Parts) -> Totals:

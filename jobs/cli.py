@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 from jobs import signals
 from jobs.signals import Interrupted, last_line
+from pipeline.budget import Budget
 from pipeline.dates import check_date
 from pipeline.errors import ConfigError, ExitCode, PipelineError, UsageError
 from pipeline.redact import configure_logging, redacted, redacted_text
@@ -144,12 +145,19 @@ def run_job(
             sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
         sys.stderr.flush()
         last_line.write(json.dumps(redacted(result.to_json())), int(result.exit_code))
+        if signals.heard() is not None:  # nothing is left to wait for: no thread, no hook
+            os._exit(int(result.exit_code))
     return int(result.exit_code)
 
 
 def name_run(uri: str) -> None:
     """Tell which run it is, for the last line of a job that ends without a result of its own."""
     last_line.run = redacted_text(uri)
+
+
+def end_budget() -> Budget:
+    """What there is to end in order; no bound unless a signal was noted."""
+    return Budget(signals.end_by())
 
 
 def _failure(status: RunStatus, error: str, started: float) -> Result:

@@ -36,6 +36,8 @@ _INTERRUPTED = 75
 """As ``errors.ExitCode``, which would be loaded too late for a process that has only begun."""
 _PRINT_S = 5.0
 """What the job's own last line may take once it has begun."""
+_SPARE_S = 0.5
+"""Of the time for an end in order, what is not given to anybody."""
 _LONGEST_WAIT_S = 3600.0
 
 
@@ -282,6 +284,11 @@ def deferred(within_s: float, words: str = "ending in order") -> Iterator[None]:
 def heard() -> Heard | None:
     """The signal that was noted; None if there was none."""
     return _listener.heard
+
+
+def end_by() -> float:
+    """When a signal that was noted wants the end to be over, by the monotonic clock; else never."""
+    return math.inf if _listener.heard is None else _listener.heard.until - _SPARE_S
 
 
 def check() -> None:

@@ -166,6 +166,17 @@ def patience(seconds: float) -> Iterator[None]:
         _patience.reset(token)
 
 
+@contextmanager
+def patience_in_all(seconds: float) -> Iterator[None]:
+    """Inside, all operations of this thread together are tried for ``seconds`` only."""
+    token = _give_up_at.set(min(_give_up_at.get(), time.monotonic() + seconds))
+    try:
+        with patience(min(seconds, _patience.get())):
+            yield
+    finally:
+        _give_up_at.reset(token)
+
+
 def current_patience() -> float:
     """Seconds for which an operation of this thread is tried."""
     return _patience.get()

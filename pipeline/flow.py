@@ -34,6 +34,7 @@ from ray.util.placement_group import PlacementGroup
 from pipeline import logs
 from pipeline.actor import ReplicaSpec
 from pipeline.blocks import Blocks, Window, end_datasets
+from pipeline.budget import Budget
 from pipeline.capacity import PREPARE_CPUS, NodeCapacity
 from pipeline.children import descendants, reap
 from pipeline.commit import PartStats
@@ -68,12 +69,14 @@ _WINDOW_SHARDS = 1_000
 _WINDOWS_STORE = 0.25
 """Share of the object store that each of two datasets at a time may fill; of one, it is half."""
 _LOOK_INTERVAL_S = 1.0
-_REPORT_S = 5.0
-"""Of ``drain_s``, what is left for Ray's shutdown and the report."""
+_REPORT_S = 6.0
+"""Of the time for an end, what is left for the replicas' processes, the report and Ray."""
 _LAST_JOURNAL_S = 4.0
-"""Of ``drain_s``, what replicas get to write down what they have, once nobody may finish."""
+"""Of it, what replicas get to write down what they have, once nobody may finish."""
 _DATASETS_END_S = 5.0
 """What Ray Data gets to end what it is at."""
+_RAY_END_S = 1.5
+"""What Ray's own shutdown takes."""
 _STARTS_HERE = 3
 """Of Ray in this process, which may be slow to come up."""
 _RAY_ADVICE = "\nFailed to "
@@ -104,7 +107,7 @@ class FlowSpec:
     stall_s: float
     """Seconds without a pulse of a replica's process before it is ended."""
     drain_s: float
-    """Seconds ``run_shards`` may take to end once it is told to."""
+    """Seconds replicas get to write down what they have if the run fails."""
     adjust: Callable[[pa.Table], pa.Table] | None = None
     """What is made of each prepared block before an engine sees it; picklable. None: nothing."""
 
@@ -150,8 +153,10 @@ class ShardSource(Datasource):
 
 
 @contextmanager
-def cluster(*, local_cpus: int) -> Iterator[None]:
+def cluster(*, local_cpus: int, budget: Callable[[], Budget] = Budget) -> Iterator[None]:
     """A connection to the cluster in ``RAY_ADDRESS``, else a Ray of ``local_cpus`` in the process.
+
+    ``budget`` is asked at its end.
 
     Raises:
         CapacityError: the cluster cannot be reached.
@@ -169,7 +174,7 @@ def cluster(*, local_cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
-        end_datasets(_DATASETS_END_S)
+        end_datasets(budget().left(_DATASETS_END_S, keep=_RAY_END_S))
         ray.shutdown()
 
 
@@ -226,15 +231,15 @@ def cluster_grows() -> bool:
 
 
 def run_shards(
-    spec: FlowSpec, shards: Sequence[Shard], watch: Callable[[Snapshot], bool]
+    spec: FlowSpec, shards: Sequence[Shard], watch: Callable[[Snapshot], Budget | None]
 ) -> Iterator[PartStats]:
     """Run ``shards`` to committed parts; stats come as parts are committed, in any order.
 
     Args:
         spec: what the flow's tasks and actors need.
         shards: what to run.
-        watch: sees the replicas' state about once a second; True = stop now. Replicas then write
-            down what they have, and this ends within ``spec.drain_s``.
+        watch: sees the replicas' state about once a second; None, or what there is to end it all:
+            replicas then write down what they have, and some seconds of it are left at the end.
 
     Raises:
         EngineError: an engine refuses to start, or replicas died again and again.
@@ -249,16 +254,19 @@ def run_shards(
         Blocks(_windows(shards, partial(_prepared, spec)), ahead=_AHEAD) as blocks,
     ):
         driver = _Driver(spec, roster, pool, watch)
+        budget: Budget | None = None
         try:
-            while not (blocks.all_taken and pool.idle) and not driver.wants_stop():
+            while not (blocks.all_taken and pool.idle):
+                if (budget := driver.wants_stop()) is not None:
+                    break
                 yield from _step(pool, blocks)
         except (PipelineError, RayTaskError) as error:  # what replicas have finished is kept
             log.error("the run fails, replicas write down what they have: %s", last_line(error))
             with suppress(RayError):
-                yield from driver.drain()
+                yield from driver.drain(Budget.of(spec.drain_s))
             raise
-        if not (blocks.all_taken and pool.idle):
-            yield from driver.drain()
+        if budget is not None:
+            yield from driver.drain(budget)
 
 
 def _step(pool: _Pool, blocks: Blocks) -> Iterator[PartStats]:
@@ -305,7 +313,11 @@ class _Driver:
     """The driver's side of the roster: looks, decides, orders."""
 
     def __init__(
-        self, spec: FlowSpec, roster: RosterActor, pool: _Pool, watch: Callable[[Snapshot], bool]
+        self,
+        spec: FlowSpec,
+        roster: RosterActor,
+        pool: _Pool,
+        watch: Callable[[Snapshot], Budget | None],
     ) -> None:
         self._spec = spec
         self._roster = roster
@@ -315,14 +327,14 @@ class _Driver:
         self._seen = Snapshot()
         self._made_tokens = 0
 
-    def wants_stop(self) -> bool:
+    def wants_stop(self) -> Budget | None:
         """Look, at most once a second, and hear what the caller makes of it.
 
         Raises:
             EngineError: replicas end again and again and get nowhere.
         """
         if time.monotonic() < self._next_look:
-            return False
+            return None
         self._next_look = time.monotonic() + _LOOK_INTERVAL_S
         found = self._roster.look()
         if found is not None:
@@ -336,13 +348,11 @@ class _Driver:
             )
         return self._watch(replace(self._seen, lacking=self._pool.lacking))
 
-    def drain(self) -> Iterator[PartStats]:
+    def drain(self, budget: Budget) -> Iterator[PartStats]:
         """Have the replicas stop; parts committed meanwhile, until all have or time is up."""
-        until = time.monotonic() + self._spec.drain_s - _REPORT_S
-        grace = max(0.0, self._spec.drain_s - _REPORT_S - _LAST_JOURNAL_S)
-        self._pool.draining = True
-        self._roster.drain(grace)
-        while time.monotonic() < until and self._pool.working:
+        self._pool.draining, self._pool.budget = True, budget
+        self._roster.drain(budget.left(keep=_REPORT_S + _LAST_JOURNAL_S))
+        while budget.left(keep=_REPORT_S) and self._pool.working:
             self._roster.look()  # a driver that does not look is taken for dead
             yield from _committed(self._pool, _POLL_S)
 

@@ -30,6 +30,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import metrics, storage
+from pipeline.budget import Budget
 from pipeline.errors import LeaseLostError, RunBusyError, StorageError
 
 TTL_S = 20.0
@@ -128,6 +129,7 @@ class Lease:
         self._ttl_s = ttl_s
         self._renewal_s = renewal_s
         self._renewed_at = -math.inf
+        self._budget: Callable[[], Budget] = Budget
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -142,12 +144,13 @@ class Lease:
         ttl_s: float = TTL_S,
         renewal_s: float = RENEWAL_S,
         pause: Callable[[float], None] = time.sleep,
+        budget: Callable[[], Budget] = Budget,
     ) -> Lease:
         """Take the lease of the run at ``run_uri`` and start renewing it.
 
         A free or released lease is taken at once; one whose owner died, after ``ttl_s``. If the
         owner lives, this is refused within about ``renewal_s``, or waited for if ``wait``. What
-        ``pause`` raises instead of sleeping ends the wait.
+        ``pause`` raises instead of sleeping ends the wait. ``budget`` is asked at the release.
 
         Raises:
             RunBusyError: another driver has the run, and lives.
@@ -156,6 +159,7 @@ class Lease:
         uri = storage.join(run_uri, "_lease.json")
         contender = _Contender(uri, wait=wait, ttl_s=ttl_s, renewal_s=renewal_s, pause=pause)
         lease = cls(uri, contender.win(), ttl_s=ttl_s, renewal_s=renewal_s)
+        lease._budget = budget
         metrics.LEASE_LOST.set(0)
         lease._thread.start()
         return lease
@@ -192,7 +196,7 @@ class Lease:
             return
         self._stop.set()
         try:
-            with storage.patience(max(self._renewal_s, RENEWAL_S)):
+            with storage.patience_in_all(self._budget().left(max(self._renewal_s, RENEWAL_S))):
                 self._replace(LeaseState.RELEASED)
         except StorageError as error:
             logger.warning("the lease could not be released and goes stale: %s", error)

@@ -26,6 +26,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import __version__, storage
+from pipeline.budget import Budget
 from pipeline.errors import ExitCode, PipelineError, StorageError, UsageError
 from pipeline.index import IndexEntry, index_uri
 from pipeline.progress import Pace, Rate, Tally
@@ -158,13 +159,16 @@ class LiveRun:
         *,
         earlier_totals: Callable[[], Totals | None],
         lease_lost: Callable[[], str | None],
+        budget: Callable[[], Budget] = Budget,
         interval_s: float = INTERVAL_S,
     ) -> None:
         """``earlier_totals`` are those of the parts before this start, None until they are known.
-        Once ``lease_lost`` says why, nothing is written any more: the run is another driver's."""
+        Once ``lease_lost`` says why, nothing is written any more: the run is another driver's.
+        ``budget`` is asked at the end."""
         self._about = about
         self._earlier_totals = earlier_totals
         self._lease_lost = lease_lost
+        self._budget = budget
         self._interval_s = interval_s
         self._began = time.monotonic()
         self._start = Start(
@@ -204,7 +208,7 @@ class LiveRun:
             self._end(error)
         self._over.set()
         self._soon.set()
-        self._thread.join(_LAST_WORDS_S)
+        self._thread.join(self._budget().left(_LAST_WORDS_S))
         if self._thread.is_alive():
             log.warning("the end of this start could not be noted in %s", self._uri)
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from pipeline.budget import Budget
 from pipeline.errors import (
     EngineError,
     EngineRefusalError,
@@ -234,13 +235,15 @@ class Pool(Generic[Place, Worker, Item, Result]):
         """Whether no more rows are to be read and prepared: places may take all CPUs then."""
         self.draining = False
         """Whether workers were told to stop: shards then come back undone."""
+        self.budget = Budget()
+        """What there is until all of it has to be over."""
 
     def __enter__(self) -> Pool[Place, Worker, Item, Result]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         in_order_s = _CLOSE_DRAINED_S if self.draining else _CLOSE_S
-        self._cluster.close(in_order_s if kind is None else 0.0)
+        self._cluster.close(self.budget.left(in_order_s) if kind is None else 0.0)
 
     @property
     def room(self) -> int:

@@ -37,6 +37,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline import logs
 from pipeline.actor import NAME_LENGTH, SUSPECT, ReplicaActor, ReplicaSpec
+from pipeline.budget import Budget
 from pipeline.capacity import NodeCapacity, bundles, waits_for
 from pipeline.engine_spec import EngineSpec
 from pipeline.errors import EngineError, PipelineError
@@ -201,10 +202,12 @@ class RayCluster:
 
     def close(self, within_s: float) -> None:
         """See ``pool.Cluster``."""
+        budget = Budget.of(within_s)
         leaders = [worker.leader for worker in self._workers] if within_s else []
-        _wait_for_all([leader.stop.remote() for leader in leaders], within_s)
+        keep = min(_END_S, within_s / 2)
+        _wait_for_all([leader.stop.remote() for leader in leaders], budget.left(keep=keep))
         # a process that is killed does not send its last metrics
-        _wait_for_all([leader.__ray_terminate__.remote() for leader in leaders], _END_S)
+        _wait_for_all([leader.__ray_terminate__.remote() for leader in leaders], budget.left())
         for worker in list(self._workers):
             self.kill(worker)
         for place in list(self._places):

@@ -40,6 +40,7 @@ from pipeline import faults, local_files, metrics, s3
 from pipeline.errors import InputError, StorageError, StorageUnavailableError
 from pipeline.faults import PATIENCE_S as PATIENCE_S
 from pipeline.faults import patience as patience
+from pipeline.faults import patience_in_all as patience_in_all
 from pipeline.faults import retrying as retrying
 
 T = TypeVar("T")

@@ -6,11 +6,13 @@ In: what the driver sees of the replicas, once a second. Out: whether to stop, a
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from pipeline.budget import Budget
 from pipeline.progress import Tally
 from pipeline.roster import Snapshot
 
@@ -33,6 +35,8 @@ class Stop:
 
     reason: Reason
     message: str
+    until: float = math.inf
+    """When the process has to have ended, by the monotonic clock."""
 
 
 class Watch:
@@ -45,18 +49,21 @@ class Watch:
         min_rows: int,
         deadline: datetime | None,
         lease_lost: Callable[[], str | None],
-        interrupted: Callable[[], str | None] = lambda: None,
+        drain_s: float = math.inf,
+        interrupted: Callable[[], tuple[str, float] | None] = lambda: None,
         show: Callable[[Snapshot], None],
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """``show`` sees every snapshot; ``lease_lost`` says why the lease is gone, if it is, and
-        ``interrupted`` which signal was heard, if one was."""
+        ``interrupted`` which signal was heard, if one was, and by when that wants an end; all else
+        leaves ``drain_s``."""
         self._max_error_rate = max_error_rate
         self._min_rows = min_rows
         self._deadline = deadline
         self._lease_lost = lease_lost
         self._show = show
         self._clock = clock
+        self._drain_s = drain_s
         self._interrupted = interrupted
         self.stop: Stop | None = None
 
@@ -66,28 +73,31 @@ class Watch:
             self.stop = self._judge(Tally())
         return self.stop is not None
 
-    def __call__(self, snapshot: Snapshot) -> bool:
-        """Whether the run is to stop."""
+    def __call__(self, snapshot: Snapshot) -> Budget | None:
+        """None, or what there is to stop the run."""
         self._show(snapshot)
         if self.stop is None:
             self.stop = self._judge(snapshot.tally)
-        return self.stop is not None
+        return None if self.stop is None else Budget(self.stop.until)
 
     def _judge(self, tally: Tally) -> Stop | None:
+        until = time.monotonic() + self._drain_s
         lost = self._lease_lost()
         if lost is not None:
-            return Stop(Reason.LEASE_LOST, lost)
-        if (signal_name := self._interrupted()) is not None:
-            message = f"stopped by {signal_name}; the same command resumes"
-            return Stop(Reason.SIGNAL, message)
+            return Stop(Reason.LEASE_LOST, lost, until)
+        if (heard := self._interrupted()) is not None:
+            name, by = heard
+            return Stop(Reason.SIGNAL, f"stopped by {name}; the same command resumes", by)
         if self._deadline is not None and self._clock() >= self._deadline:
-            return Stop(Reason.DEADLINE, f"limits.deadline {self._deadline.isoformat()} passed")
+            message = f"limits.deadline {self._deadline.isoformat()} passed"
+            return Stop(Reason.DEADLINE, message, until)
         if is_surely_above(tally.failed, tally.rows, self._max_error_rate, self._min_rows):
             return Stop(
                 Reason.ERROR_RATE,
                 f"{tally.failed} of the first {tally.rows} rows failed, with limits.max_error_rate "
                 f"= {self._max_error_rate:g}: stopped early; find the cause (report.json counts "
                 "errors by code), then the same command resumes",
+                until,
             )
         return None
 

@@ -45,8 +45,8 @@ from jobs.annotate.feed import Dataset, relative_paths, write_feed
 from jobs.annotate.preview import show_first_row
 from jobs.annotate.runs import first_config, later_config
 from jobs.annotate.votes import INVALID
-from jobs.batch import confirming, run_batch
-from jobs.cli import name_run
+from jobs.batch import acquired, confirming, run_batch
+from jobs.cli import end_budget, name_run
 from jobs.settle import Job, Options, check_place, describe, settle
 from pipeline import storage
 from pipeline.config import JobConfig
@@ -253,7 +253,7 @@ def _stopped(work: _Work, done: _Done) -> Result:
     )
     try:
         with (
-            storage.patience(_REPORT_S),
+            storage.patience_in_all(end_budget().left(_REPORT_S)),
             Lease.acquire(work.uri, wait=False, pause=_give_up) as lease,
         ):
             _withdraw(work)
@@ -270,7 +270,7 @@ def _owned(work: _Work) -> Iterator[Callable[[], None]]:
     """Within, the dataset is this start's; what confirms that is a place to stop at a signal."""
     with (
         signals.deferred(work.config.limits.drain_s),
-        Lease.acquire(work.uri, wait=work.options.wait, pause=signals.pause_or_stop) as lease,
+        acquired(work.uri, wait=work.options.wait) as lease,
     ):
         yield confirming(lease)
 

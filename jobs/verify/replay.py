@@ -19,12 +19,14 @@ import pyarrow as pa
 
 from jobs import signals
 from jobs.batch import connected
+from jobs.cli import end_budget
 from jobs.settle import Job, Options, configured_input, flow_spec, renderer_of
 from jobs.verify.asked import Asked, RowKey, as_recorded
 from jobs.verify.choose import Chosen, shards_of_rows
 from jobs.verify.compare import Replay, compare
 from jobs.verify.recorded import Recorded
 from pipeline import storage
+from pipeline.budget import Budget
 from pipeline.commit import Destination, read_stored_part
 from pipeline.engine import Engine
 from pipeline.engine_spec import EngineSpec, engine_fingerprint
@@ -34,6 +36,7 @@ from pipeline.model import model_revision
 from pipeline.plan import Shard
 from pipeline.prices import PriceList
 from pipeline.profile import locate_model
+from pipeline.roster import Snapshot
 from pipeline.run import versions
 
 log = logging.getLogger(__name__)
@@ -139,9 +142,14 @@ def _run(job: Job, to: Destination, shards: Sequence[Shard], asked: Mapping[RowK
         from pipeline.flow import run_shards  # imports ray
 
         with signals.deferred(spec.drain_s):
-            done = sum(1 for _ in run_shards(spec, shards, lambda _: signals.heard() is not None))
+            done = sum(1 for _ in run_shards(spec, shards, _interruption))
             signals.check()
     assert done == len(shards)
+
+
+def _interruption(_: Snapshot) -> Budget | None:
+    """None, or what a signal leaves."""
+    return None if signals.heard() is None else end_budget()
 
 
 def _environment(recorded: Recorded) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Faults: which of the drivers' errors pass by themselves, and what is said of them."""
 
 import errno
+from functools import partial
 
 import aiohttp
 import pytest
@@ -19,6 +20,7 @@ from s3fs.errors import translate_boto_error
 from s3fs.utils import FileExpired
 
 from pipeline import faults
+from pipeline.errors import StorageUnavailableError
 
 URL = "http://user:hidden@store/bucket/key?X-Amz-Signature=hidden"
 
@@ -136,3 +138,20 @@ def test_patience_holds_inside_its_block_only() -> None:
     with faults.patience(3.0):
         assert faults.current_patience() == 3.0
     assert faults.current_patience() == faults.PATIENCE_S
+
+
+def test_patience_in_all_is_shared_by_the_operations_inside() -> None:
+    tries = {"first": 0, "second": 0, "after": 0}
+
+    def failing(name: str) -> None:
+        tries[name] += 1
+        raise StorageUnavailableError(name)
+
+    with faults.patience_in_all(0.5):
+        for name in ("first", "second"):
+            with pytest.raises(StorageUnavailableError):
+                faults.retrying(partial(failing, name), what=name)
+    with faults.patience(0.5), pytest.raises(StorageUnavailableError):
+        faults.retrying(partial(failing, "after"), what="after")
+    assert tries["second"] == 1 < tries["first"]
+    assert tries["after"] > 1

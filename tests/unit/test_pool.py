@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.budget import Budget
 from pipeline.errors import (
     AccountingError,
     EngineError,
@@ -258,6 +259,9 @@ def test_workers_end_in_order_but_at_once_if_the_run_was_cut_short() -> None:
     with pool_of(cluster, 1) as pool:
         pool.draining = True
     assert cluster.closed_within_s == 3
+    with pool_of(cluster, 1) as pool:
+        pool.draining, pool.budget = True, Budget.of(1)
+    assert 0 < cluster.closed_within_s <= 1
     with pytest.raises(KeyboardInterrupt), pool_of(cluster, 1):
         raise KeyboardInterrupt
     assert cluster.closed_within_s == 0

@@ -177,6 +177,20 @@ return result()
     assert (document["status"], document["exit_code"]) == ("complete", 0)
 
 
+def test_a_job_that_was_interrupted_waits_for_no_thread() -> None:
+    body = """
+import threading
+with signals.deferred(1000):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    ready()
+    signals.pause_or_stop(1000)
+"""
+    with started(body) as job:
+        job.wait_for("ready")
+        job.process.send_signal(signal.SIGTERM)
+        assert_interrupted(job.end(), "stopped by SIGTERM; the same command resumes")
+
+
 def test_handlers_that_a_library_installs_are_not_called() -> None:
     body = """
 def handler(number, frame):

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from pipeline.budget import Budget
 from pipeline.errors import ErrorCode
 from pipeline.progress import RowTally, Tally
 from pipeline.records import Completion
@@ -24,7 +25,8 @@ def watch(
         min_rows=500,
         deadline=deadline,
         lease_lost=lambda: lost,
-        interrupted=lambda: signal_name,
+        drain_s=30,
+        interrupted=lambda: (signal_name, 99.0) if signal_name else None,
         show=(seen if seen is not None else []).append,
         clock=lambda: NOW,
     )
@@ -48,6 +50,7 @@ def test_a_signal_stops_it_and_says_which() -> None:
     assert watched.stop is not None
     assert watched.stop.reason is Reason.SIGNAL
     assert "SIGTERM" in watched.stop.message
+    assert watched(snapshot()) == Budget(99.0)  # counted from the signal, not from this look
 
 
 def test_the_deadline_stops_it() -> None:

@@ -62,8 +62,8 @@ class Target:
     """Its exit codes when nothing stops it."""
     variables: Mapping[str, str] = field(default_factory=dict)
     folder: int = 0
-    seconds: float = 0.0
-    """From when it listens to its end, the longest so far."""
+    seconds: float = 40.0
+    """From when it listens to its end: a guess, then as it last was."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,7 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
     mark = uuid.uuid4().hex
     log = folder / "stderr"
     environment = {**without_ray(), **target.variables, MARK: mark}
-    latest = rng.choice((target.seconds, min(target.seconds, _START_S)))
-    moment = rng.uniform(0, latest) if latest else None
+    moment = rng.uniform(0, rng.choice((target.seconds, min(target.seconds, _START_S))))
     number, twice = rng.choice((signal.SIGTERM, signal.SIGINT)), rng.random() < _SECOND
     with (
         log.open("w") as stderr,
@@ -123,9 +122,8 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
     ):
         wait_until_it_listens(process)
         listens = time.monotonic()
-        if moment is not None:
-            _sleep_beside(process, moment)
-        alive = process.poll() is None and moment is not None
+        _sleep_beside(process, moment)
+        alive = process.poll() is None
         sent = time.monotonic()
         if alive:
             process.send_signal(number)
@@ -143,7 +141,7 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
         *left_running(mark),
     ]
     if process.returncode in target.finished:
-        target.seconds = max(target.seconds, ended - listens)
+        target.seconds = ended - listens
         target.folder += 1
     elif not target.resumes:
         target.folder += 1
@@ -216,7 +214,7 @@ def _sleep_beside(process: subprocess.Popen[str], seconds: float) -> None:
 
 @contextmanager
 def staged(folder: Path, names: Sequence[str] | None) -> Iterator[list[Target]]:
-    """The jobs with something to do, each timed once without a signal."""
+    """The jobs, with something to do."""
     _put_prompts(folder / "in", 400)
     _put_prompts(folder / "few", 40)
     quiz.write_arc(folder / "quiz")
@@ -279,10 +277,6 @@ def staged(folder: Path, names: Sequence[str] | None) -> Iterator[list[Target]]:
     ]
     chosen = [each for each in targets if names is None or each.name in names]
     with Lease.acquire(f"file://{seen}", wait=False):
-        for target in chosen:
-            if not target.seconds:
-                shoot(target, Random(0), folder)
-                print(f"{target.name}: {target.seconds:.0f} s", file=sys.stderr, flush=True)
         yield chosen
 
 

@@ -141,7 +141,7 @@ def shoot(target: Target, rng: Random, folder: Path) -> Shot | None:
         *left_running(mark),
     ]
     if process.returncode in target.finished:
-        target.seconds = ended - listens
+        target.seconds = target.seconds if alive else ended - listens
         target.folder += 1
     elif not target.resumes:
         target.folder += 1

@@ -41,8 +41,8 @@ def make_run(
     """A run of two files and four shards in ``folder``; its output folder.
 
     Of each file row 2 asks for two samples, row 3 brings its own seed, row 4 is refused by prepare;
-    row 5 of the second file repeats the id of the first file's row 5. ``image`` is row 1's. With a
-    ``template``, requests are made of the column ``label`` by it.
+    row 5 of the second file repeats an id: the first file's row 5's, in JSONL its own row 3's.
+    ``image`` is row 1's. With a ``template``, requests are made of the column ``label`` by it.
     """
     (folder / "in").mkdir(parents=True)
     for number in range(2):
@@ -113,15 +113,17 @@ def _line(number: int, row: int) -> dict[str, Any]:
     if row == 4:
         body = {}
     return {
-        "custom_id": custom_id(number, row),
+        "custom_id": custom_id(number, row, jsonl=True),
         "method": "POST",
         "url": "/v1/chat/completions",
         "body": {**body, **json.loads(_own_sampling(row) or "{}")},
     }
 
 
-def custom_id(number: int, row: int) -> str:
-    """Of a row of a file."""
+def custom_id(number: int, row: int, *, jsonl: bool = False) -> str:
+    """The id of a row of a file. Ids of JSONL need only differ within their file."""
+    if jsonl:
+        return f"f{number}-{3 if (number, row) == (1, 5) else row}"
     return f"f{0 if row == 5 else number}-{row}"
 
 
@@ -143,7 +145,7 @@ def _rows(shard: Shard) -> range:
 
 def _outcomes(shard: Shard, row: int) -> list[Outcome]:
     number = int(Path(shard.uri).stem)
-    key = custom_id(number, row)
+    key = custom_id(number, row, jsonl=shard.uri.endswith(".jsonl"))
     if row == 4:
         seed = derive_seed(RUN_SEED, key, 0)
         return [Failure(row, key, ErrorCode.INVALID_MESSAGES, "no prompt", seed)]

@@ -9,11 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from functools import partial
-from typing import TypeVar
+from collections.abc import Sequence
 
 from cluster.preflight.inspection import inspect
 from cluster.preflight.report import Report
@@ -23,11 +19,8 @@ from jobs.settle import local_cpus
 from pipeline.config import load_config
 from pipeline.profile import load_profile
 
-T = TypeVar("T")
-
-_POLL_S = 0.1
 _CLEAN_UP_S = 10.0
-"""What an interrupted look gets to delete its objects, once Ray is shut down under it."""
+"""What an interrupted look gets to stop asking, and to delete its objects."""
 _EPILOG = """\
 Takes the config of jobs.nightly and looks, on all nodes at once, at
 
@@ -87,38 +80,12 @@ def preflight(arguments: argparse.Namespace) -> Report:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # what is left of a stopped one starts no other Ray
     from cluster.preflight.ray_crew import ray_crew  # imports ray: 1-2 s that --help does without
 
-    looking: Future[Report] | None = None
-    try:
-        with ray_crew(local_cpus()) as crew:
-            signals.insist()
-            with signals.deferred(2 * _CLEAN_UP_S):
-                looking = _aside(
-                    partial(inspect, config, profile, crew, checksums=arguments.checksums)
-                )
-                while not looking.done():
-                    signals.pause_or_stop(_POLL_S)
-            report = looking.result()
-    except signals.Interrupted:
-        if looking is not None:
-            wait([looking], _CLEAN_UP_S)
-        raise
+    with ray_crew(local_cpus()) as crew:
+        signals.insist()
+        with signals.deferred(_CLEAN_UP_S):
+            report = inspect(config, profile, crew, checksums=arguments.checksums)
     report.show()
     return report
-
-
-def _aside(function: Callable[[], T]) -> Future[T]:
-    """Call ``function`` in a thread: what a signal raises ends the wait for it in the main thread,
-    rather than Ray's own code somewhere in its middle, which makes other errors of it."""
-    future: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="inspection", daemon=True).start()
-    return future
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.preflight.crew import Node, Unanswered
+from jobs import signals
 from pipeline.flow import cluster, cluster_grows
 from pipeline.ray_cluster import node_capacity
 from pipeline.redact import configure_logging, redacted_text
@@ -26,6 +27,8 @@ from pipeline.redact import configure_logging, redacted_text
 T = TypeVar("T")
 
 _GIB = 2**30
+_POLL_S = 0.25
+"""Between two looks for a signal, while an answer is waited for."""
 _QUESTIONS_AT_A_TIME = 8
 """Of one scout: a question that hangs must not keep the next from being asked."""
 
@@ -97,7 +100,9 @@ def _hire(node_id: str, *, gpus: int) -> Any:
 
 def _answer(ref: Any, until: float, timeout_s: float) -> Any:
     try:
-        return ray.get(ref, timeout=max(0.0, until - time.monotonic()))
+        while not ray.wait([ref], timeout=_POLL_S)[0] and time.monotonic() < until:
+            signals.check()
+        return ray.get(ref, timeout=0)
     except GetTimeoutError:
         return Unanswered(f"no answer within {timeout_s:g} s")
     except RayError as error:

@@ -7,7 +7,6 @@ core, as the kernel does when memory runs out. Not covered: GPUs, and engines ov
 
 from __future__ import annotations
 
-import gc
 import signal
 import subprocess
 import sys
@@ -109,10 +108,7 @@ def undisturbed(replica: Replica) -> dict[int, str]:
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
 def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
-    replica: Replica,
-    undisturbed: dict[int, str],
-    blow: signal.Signals,
-    caplog: pytest.LogCaptureFixture,
+    replica: Replica, undisturbed: dict[int, str], blow: signal.Signals
 ) -> None:
     before = replica.engine_restarts
     (core,) = engine_cores()
@@ -123,9 +119,6 @@ def test_an_engine_core_that_ends_costs_no_row_and_changes_no_text(
     assert replica.engine_restarts == before + 1
     assert texts({outcome.input_row: outcome for outcome in outcomes}) == undisturbed
     assert {outcome.attempts for outcome in outcomes} == {1, 2}
-    caplog.clear()  # the traceback of vLLM's own report holds on to the engine
-    gc.collect()
-    assert [engine() is None for engine in ENGINES] == [*[True] * (len(ENGINES) - 1), False]
 
 
 def test_an_image_that_the_engine_core_never_got_is_sent_again(replica: Replica) -> None:

@@ -44,13 +44,15 @@ def count_passes(data: bytes) -> int:
 
 def _jpeg_scans(data: bytes) -> int:
     at, segments, exif, scans = 2, 0, 0, 0
-    while found := (_MARKER_AFTER_DATA if scans else _MARKER).search(data, at):
+    pattern = _MARKER
+    while found := pattern.search(data, at):
         at = found.end()
         kind = data[at - 1]
         if scans and kind == _END_OF_IMAGE:
             break
         segments += 1
-        scans += kind == _START_OF_SCAN
+        if kind == _START_OF_SCAN:
+            scans, pattern = scans + 1, _MARKER_AFTER_DATA
         exif += kind == _APP1 and data.startswith(b"Exif\0\0", at + 2)
         if exif > _MOST_EXIF_SEGMENTS:
             raise _hostile(f"more than {_MOST_EXIF_SEGMENTS} Exif segments")

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from jsonschema_rs import RegexOptions, ValidationError, Validator, validator_for
@@ -31,7 +31,12 @@ _MAX_EXPANDED = 20_000
 """Places of a schema once its references are followed: what one check may have to look at."""
 _MAX_LOOKS = 1_000_000
 """At one value, by a schema that refers to itself: a second or so."""
+_MAX_STEPS = 5_000_000
+"""Places of a schema times values, or of a pattern times characters, that are checked here: half a
+second, in which the interpreter is held."""
 _CHECK_S = 10.0
+_ATOM = re.compile(r"\{(\d{1,6}),?(\d{0,6})\}|\\.|\[\]?[^\]]*\]?|.", re.DOTALL)
+"""A piece of a pattern: a repetition, an escape, a class, or any one character."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 """What may stand for half of a surrogate pair."""
 _CHILD = """
@@ -172,6 +177,8 @@ def violation(structure: Structure, text: str) -> str | None:
         case StructureKind.CHOICE:
             return None if text in json.loads(structure.spec) else "the text is none of the choices"
         case StructureKind.REGEX:
+            if _pattern_places(structure.spec) * len(text) > _MAX_STEPS:
+                return _violation_by_child(_pattern_schema(structure.spec), json.dumps(text))
             matches = _validator(_pattern_schema(structure.spec)).is_valid(text)
             return None if matches else "the text does not match the pattern"
         case StructureKind.JSON_OBJECT:
@@ -194,7 +201,7 @@ def _json_violation(schema: str, text: str) -> str | None:
         value = _value(text)
     except (ValueError, RecursionError) as unreadable:
         return f"the text is not JSON: {unreadable}"
-    if _may_take_long(schema, value):
+    if _may_take_long(schema, value, text):
         return _violation_by_child(schema, text)
     try:
         _validator(schema).validate(value)  # ends at the first error, unlike iter_errors
@@ -236,11 +243,70 @@ def _check_pattern(pattern: str) -> None:
         ) from None
 
 
-def _may_take_long(schema: str, value: Any) -> bool:
-    """Whether a schema that refers to itself may look at the inmost values times out of number: at
-    each level as often as it has references."""
+def _may_take_long(schema: str, value: Any, text: str) -> bool:
+    """Whether a check may hold the interpreter for long: each value is held against each place of
+    the schema at worst, and one that refers to itself may look at the inmost values times out of
+    number, at each level as often as it has references."""
+    cost = _cost(schema)
+    if cost.places * len(text) > _MAX_STEPS:  # each value has a character; else they are counted
+        values = sum(1 for _ in _walk(value))
+        if cost.places * values + cost.pattern_places * len(text) > _MAX_STEPS:
+            return True
     references = _references_to_itself(schema)
     return bool(references > 1 and references ** _depth(value) > _MAX_LOOKS)
+
+
+class _Cost(NamedTuple):
+    """What a schema's check may have to look at."""
+
+    places: int
+    """Once its references are followed, those of patterns included."""
+    pattern_places: int
+
+
+@lru_cache(maxsize=256)
+def _cost(schema: str) -> _Cost:
+    document = json.loads(schema)
+    size = _Size(document)
+    size.check()
+    patterns = [
+        pattern
+        for node in _walk(document)
+        if isinstance(node, dict)
+        for pattern in (node.get("pattern"), *_keys(node.get("patternProperties")))
+        if isinstance(pattern, str)
+    ]
+    of_patterns = sum(map(_pattern_places, patterns))
+    return _Cost(size.places + of_patterns, of_patterns)
+
+
+def _keys(node: Any) -> list[str]:
+    return list(node) if isinstance(node, dict) else []
+
+
+@lru_cache(maxsize=256)
+def _pattern_places(pattern: str) -> int:
+    """About how many characters a pattern has once its repetitions are written out."""
+    open_groups = [0]
+    at = last = 0
+    while at < len(pattern):
+        found = _ATOM.match(pattern, at)
+        assert found is not None
+        at = found.end()
+        match found[0][0]:
+            case "(":
+                open_groups.append(0)
+                continue
+            case ")":
+                last = open_groups.pop() if len(open_groups) > 1 else 0
+            case "{" if found[1]:
+                last *= max(0, int(found[2] or found[1]) - 1)  # one of them is counted
+            case "*" | "+" | "?" | "|":
+                continue
+            case _:
+                last = 1
+        open_groups[-1] += last
+    return sum(open_groups)
 
 
 @lru_cache(maxsize=256)
@@ -308,6 +374,8 @@ class _Size:
         self._open: set[str] = set()
         self.is_recursive = False
         """Whether it refers to itself; known after ``check``."""
+        self.places = 0
+        """Known after ``check``."""
 
     def check(self) -> None:
         """Refuse more than ``_MAX_EXPANDED`` places.
@@ -316,10 +384,10 @@ class _Size:
             ValueError: there are more, or it refers otherwise than by a pointer into itself.
         """
         try:
-            places = self._of(self._document)
+            self.places = self._of(self._document)
         except RecursionError:
             raise ValueError("the schema refers too deeply") from None
-        if places > _MAX_EXPANDED:
+        if self.places > _MAX_EXPANDED:
             raise ValueError(f"the schema, with its references, has over {_MAX_EXPANDED} places")
 
     def _of(self, node: Any) -> int:

@@ -10,7 +10,7 @@ import ast
 import re
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -35,13 +35,14 @@ SECONDS = 0.5
 class Use(NamedTuple):
     """One pattern, and what is done with it: fullmatch begins once, sub everywhere."""
 
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[Any]
     methods: tuple[str, ...]
 
     def on(self, text: str) -> None:
         assert self.methods
+        subject: Any = text.encode() if isinstance(self.pattern.pattern, bytes) else text
         for method in self.methods:
-            getattr(self.pattern, method)(*(("",) if method == "sub" else ()), text)
+            getattr(self.pattern, method)(*((subject[:0],) if method == "sub" else ()), subject)
 
 
 def uses() -> Iterator[tuple[str, Use]]:
@@ -66,19 +67,20 @@ def uses() -> Iterator[tuple[str, Use]]:
             pattern = re.compile(eval(expression, dict(texts)), flags)
             name = next((name for name, value in named.items() if value is call), None)
             inline = ast.unparse(call.func).removeprefix("re.")
-            methods = _methods(tree, name) if inline == "compile" else (inline,)
+            methods = (inline,) if inline != "compile" else _methods(tree, name or "pattern")
+            methods = methods or _methods(tree, "pattern")
             yield f"{path.relative_to(REPO_ROOT)}:{call.lineno}", Use(pattern, methods)
 
 
-def _methods(tree: ast.Module, name: str | None) -> tuple[str, ...]:
-    """Methods called on the pattern; those of a list are called ``pattern`` where they are used."""
+def _methods(tree: ast.Module, name: str) -> tuple[str, ...]:
+    """Methods called on this name; one of several patterns is used as ``pattern``."""
     return tuple(
         {
             node.attr
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute)
             and node.attr in ("fullmatch", "match", "search", "findall", "finditer", "sub", "split")
-            and ast.unparse(node.value) in ((name,) if name else ("pattern",))
+            and ast.unparse(node.value) == name
         }
     )
 

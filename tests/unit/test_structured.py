@@ -194,3 +194,32 @@ def test_older_drafts_are_told_by_their_name() -> None:
     draft_7 = {"$schema": "http://json-schema.org/draft-07/schema#", "items": [{"type": "string"}]}
     assert violation(json_structure(draft_7), '["a", 1]') is None
     assert violation(json_structure(draft_7), "[1]")
+
+
+def held_s(structure: Structure, text: str) -> float:
+    """CPU seconds of this process, in which nothing else of it runs."""
+    started = time.thread_time()
+    violation(structure, text)
+    return time.thread_time() - started
+
+
+def test_a_schema_of_many_alternatives_does_not_hold_the_interpreter() -> None:
+    schema = {"items": {"anyOf": [{"const": number} for number in range(3_000)]}}
+    items = json.dumps([2_999] * 12_000)
+    assert held_s(json_structure(schema), items) < 2  # checked here: 6 s
+    assert violation(json_structure(schema), json.dumps([2_999] * 1_000)) is None
+    assert violation(json_structure(schema), json.dumps([3_000] * 3_000)) is not None
+
+
+@pytest.mark.parametrize("pattern", ["((a?){99}){99}b", "[ab]*a[ab]{900}c", "(x|" * 60 + ")" * 60])
+def test_a_pattern_of_many_places_does_not_hold_the_interpreter(pattern: str) -> None:
+    structure = Structure(kind=StructureKind.REGEX, spec=pattern)
+    assert held_s(structure, "ab" * 200_000) < 5
+    within = json_structure({"items": {"pattern": pattern}})
+    assert held_s(within, json.dumps(["ab" * 200_000])) < 5
+
+
+def test_a_pattern_as_people_write_them_is_checked_where_it_is() -> None:
+    uuid = "[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"
+    structure = Structure(kind=StructureKind.REGEX, spec=uuid)
+    assert violation(structure, "01234567-89ab-cdef-0123-456789abcdef") is None

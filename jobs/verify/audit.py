@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,14 +25,14 @@ from jobs.verify.parts import Expected, PartAudit, audit_part
 from jobs.verify.recorded import Recorded, input_change
 from jobs.verify.seeds import own_seeds
 from pipeline import storage
-from pipeline.commit import PartStats, part_uri
+from pipeline.commit import part_uri
 from pipeline.errors import StorageError
 from pipeline.journal import journaled_shards
 from pipeline.openai_output import OPENAI_FILES
 from pipeline.parallel import mapped
 from pipeline.plan import InputFile, Shard
 from pipeline.records import OUTPUT_SCHEMA, Status, carried_names
-from pipeline.report import Totals, total
+from pipeline.totals import Sums, Totals
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _THREADS = 8
 """Parts read at a time: each is held whole, compressed and not."""
 _LOOK_THREADS = 16  # latency, not CPU
 _SAMPLED_SCHEMAS = 5
+_TOKEN_KINDS = ("prompt", "completion")
 _TELL_S = 10.0
 _CHUNK = 2**20
 
@@ -75,14 +77,20 @@ def audit(recorded: Recorded) -> Audit:
     shards = [shard for shard in run.plan.shards if shard.index in run.done]
     expected = _expected(recorded, shards, changed)
     parts: dict[int, PartAudit] = {}
-    for part in _audited(shards, expected):
+    sums, tokens = Sums(), _EngineTokens()
+    for part in _audited(shards, expected):  # the run may be large: what adds up is not kept
         findings.add_all(part.findings)
-        parts[part.shard] = replace(part, findings=Findings())  # counted; the run may be large
-    totals = total([part.counted for part in parts.values() if part.counted is not None])
+        if part.counted is not None:
+            sums.add(part.counted)
+        tokens.add(part)
+        parts[part.shard] = replace(
+            part, findings=Findings(), counted=None, footer=None, completed={}
+        )
+    totals = sums.totals()
     _check_finished(recorded, findings)
     looks = {
         CheckName.REPORT: _check_report(recorded, totals, findings),
-        CheckName.ENGINE_TOKENS: _check_engine_tokens(recorded, list(parts.values()), findings),
+        CheckName.ENGINE_TOKENS: _check_engine_tokens(recorded, tokens, findings),
         CheckName.INPUT: _Look(f"{len(run.plan.files)} files"),
         CheckName.FINISHED: _Look(f"{len(run.done)} of {len(run.plan.shards)} shards"),
         CheckName.ROWS: _Look(f"{totals.ended} of {run.plan.rows} rows, {totals.records} records"),
@@ -224,9 +232,31 @@ def _check_openai_files(recorded: Recorded, totals: Totals, findings: Findings) 
             findings.add(CheckName.REPORT, uri, f"has {lines} lines for {rows} rows")
 
 
-def _check_engine_tokens(
-    recorded: Recorded, parts: Sequence[PartAudit], findings: Findings
-) -> _Look:
+class _EngineTokens:
+    """What the engines counted, and what the records have, summed over parts."""
+
+    def __init__(self) -> None:
+        self.counted = Counter(dict.fromkeys(_TOKEN_KINDS, 0))
+        self.recorded = Counter(dict.fromkeys(_TOKEN_KINDS, 0))
+        self.is_known = False
+        self.taken_over = self.tried_again = 0
+        self.processes: set[str | None] = set()
+
+    def add(self, part: PartAudit) -> None:
+        """Add a part."""
+        self.recorded.update(part.completed)
+        self.tried_again += part.tried_again
+        footer = part.footer
+        if footer is None:
+            return
+        self.counted.update(footer.engine_tokens)
+        self.is_known |= bool(footer.engine_tokens)
+        self.taken_over += footer.taken_over
+        if footer.replica:
+            self.processes.add(footer.replica.get("process"))
+
+
+def _check_engine_tokens(recorded: Recorded, tokens: _EngineTokens, findings: Findings) -> _Look:
     """Compare the engines' own counts with the records that have a completion.
 
     Both count a prompt once, images expanded and cached tokens included, and every token that was
@@ -234,22 +264,14 @@ def _check_engine_tokens(
     was lost), or was written down by one whose count was lost (what a journal kept), makes them
     differ; only that.
     """
-    footers = [part.footer for part in parts if part.footer is not None]
-    if not any(footer.engine_tokens for footer in footers):
+    if not tokens.is_known:
         return _Look("no engine told its counts", skipped=True)
-    counted = {
-        kind: sum(footer.engine_tokens.get(kind, 0) for footer in footers)
-        for kind in ("prompt", "completion")
-    }
-    recorded_tokens = {
-        kind: sum(part.completed.get(kind, 0) for part in parts)
-        for kind in ("prompt", "completion")
-    }
+    counted = {kind: tokens.counted[kind] for kind in _TOKEN_KINDS}
     told = ", ".join(f"{count:,} {kind}" for kind, count in counted.items())
-    if counted == recorded_tokens:
+    if counted == {kind: tokens.recorded[kind] for kind in _TOKEN_KINDS}:
         return _Look(f"{told}, as in the records")
-    gaps = ", ".join(f"{kind} {counted[kind] - recorded_tokens[kind]:+,}" for kind in counted)
-    reasons = _disturbances(recorded, parts, footers)
+    gaps = ", ".join(f"{kind} {counted[kind] - tokens.recorded[kind]:+,}" for kind in counted)
+    reasons = _disturbances(recorded, tokens)
     if reasons:
         return _Look(f"{told}; against the records {gaps}, as {' and '.join(reasons)}")
     what = f"the engines counted {told} tokens; against the records that is {gaps}"
@@ -257,13 +279,9 @@ def _check_engine_tokens(
     return _Look(told)
 
 
-def _disturbances(
-    recorded: Recorded, parts: Sequence[PartAudit], footers: Sequence[PartStats]
-) -> list[str]:
+def _disturbances(recorded: Recorded, tokens: _EngineTokens) -> list[str]:
     """What made the engines and the records count differently."""
-    taken_over = sum(footer.taken_over for footer in footers)
-    again = sum(part.tried_again for part in parts)
-    processes = {footer.replica.get("process") for footer in footers if footer.replica}
+    taken_over, again, processes = tokens.taken_over, tokens.tried_again, tokens.processes
     replicas = recorded.config.engine.most_replicas
     reasons = []
     if taken_over:

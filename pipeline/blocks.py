@@ -20,10 +20,40 @@ from dataclasses import dataclass
 
 import ray
 import ray.data
+from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import RayError
 
 _POLL_S = 0.25
+_REST_S = 0.05
+"""Between two steps of a dataset that has nothing to do."""
+
+
+class Rest(ExecutionCallback):
+    """Has a dataset rest while nothing happens.
+
+    Ray Data waits for running tasks alone: a dataset whose blocks are all made, or may not be read
+    yet, would ask in a circle, on a whole CPU, until the driver takes them.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int, int]] = []
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """See ``ExecutionCallback``; on the dataset's own thread."""
+        seen = [
+            (done.num_tasks_submitted, done.num_task_outputs_generated, done.num_outputs_taken)
+            for done in (operator.metrics for operator in executor._topology)
+        ]
+        if seen == self._seen:
+            time.sleep(_REST_S)
+        self._seen = seen
+
+
+def rest_when_idle(context: DataContext) -> None:
+    """Have the datasets of ``context`` rest while nothing happens."""
+    context.custom_execution_callback_classes = [Rest]
 
 
 @dataclass(frozen=True, slots=True)

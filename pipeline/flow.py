@@ -33,7 +33,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pipeline import logs
 from pipeline.actor import ReplicaSpec
-from pipeline.blocks import Blocks, Window, end_datasets
+from pipeline.blocks import Blocks, Window, end_datasets, rest_when_idle
 from pipeline.budget import Budget
 from pipeline.capacity import PREPARE_CPUS, NodeCapacity
 from pipeline.children import descendants, reap
@@ -452,6 +452,7 @@ def _configure_ray_data(share: float) -> None:
     context = DataContext.get_current()
     context.target_max_block_size = None  # a block is a shard: never split
     context.raise_original_map_exception = True  # else the cause is lost on its way to the driver
+    rest_when_idle(context)
     context.override_object_store_memory_limit_fraction = share
     context.execution_no_progress_timeout_s = -1  # replicas may need no block for hours
     context.enable_progress_bars = False

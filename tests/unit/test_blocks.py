@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.blocks import Blocks, Window
+from pipeline.blocks import Blocks, Rest, Window
 from tests.waiting import wait_until
 
 
@@ -69,3 +69,18 @@ def test_what_ends_a_dataset_is_raised_where_blocks_are_taken() -> None:
     broken = windows(3, begun=[], fails=True)
     with Blocks(broken, ahead=8) as blocks, pytest.raises(RuntimeError, match="a file is gone"):
         list(blocks)
+
+
+def test_a_dataset_rests_between_two_steps_in_which_nothing_happened() -> None:
+    work = SimpleNamespace(num_tasks_submitted=3, num_task_outputs_generated=2, num_outputs_taken=0)
+    executor: Any = SimpleNamespace(_topology=[SimpleNamespace(metrics=work)])
+    rest = Rest()
+
+    def seconds(*, taken: int) -> float:
+        began = time.monotonic()
+        for _ in range(20):
+            work.num_outputs_taken += taken
+            rest.on_execution_step(executor)
+        return time.monotonic() - began
+
+    assert seconds(taken=1) < 0.5 < seconds(taken=0)

@@ -7,12 +7,13 @@ are read once, by the tasks that need them, and nothing is copied.
 Row values are foreign: the environment is Jinja's immutable sandbox, undefined names and nulls are
 errors, nothing random or stateful is there. A template always ends: there is no macro, no recursion
 and no unbounded loop in it (Jinja has no ``while``), all loops together make at most
-``_MAX_STEPS`` steps, and the text has at most ``_MAX_CHARS`` characters.
+``_MAX_STEPS`` steps in ``_MAX_CPU_S`` seconds, and the text has at most ``_MAX_CHARS`` characters.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -39,6 +40,8 @@ _MAX_CHARS = 4_000_000
 """Of one rendered text: above any context."""
 _MAX_STEPS = 100_000
 """Of all loops of one text together."""
+_MAX_CPU_S = 2.0
+"""Of one text's loops: each step may sort or search a list, which the steps do not tell."""
 _MAX_BITS = 1024
 """Of the factors of a product: squares of squares grow without end."""
 _MAX_INDENT = 16
@@ -192,6 +195,14 @@ def _images(row: Mapping[str, Any], column: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+class _Budget:
+    """What one text may still take."""
+
+    def __init__(self) -> None:
+        self.steps = _MAX_STEPS
+        self.until = time.thread_time() + _MAX_CPU_S
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja without what could make a small template expensive, or its text differ each time."""
 
@@ -238,11 +249,14 @@ def _printable(value: Any) -> Any:
 
 @pass_context
 def _counted(context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop, as long as the text's steps last."""
+    """The items of a loop, as long as the text's steps and time last."""
+    budget: _Budget = context[_BUDGET]
     for item in items:
-        context[_BUDGET][0] -= 1
-        if context[_BUDGET][0] < 0:
+        budget.steps -= 1
+        if budget.steps < 0:
             raise SecurityError(f"its loops make more than {_MAX_STEPS} steps")
+        if time.thread_time() > budget.until:
+            raise SecurityError(f"its loops take more than {_MAX_CPU_S:g} s; do less in each step")
         yield item
 
 
@@ -304,7 +318,7 @@ def _render(template: Template, row: Mapping[str, Any]) -> str:
     pieces: list[str] = []
     size = 0
     try:
-        for piece in template.generate({**row, "row": row, _BUDGET: [_MAX_STEPS]}):
+        for piece in template.generate({**row, "row": row, _BUDGET: _Budget()}):
             size += len(piece)
             if size > _MAX_CHARS:
                 raise SecurityError(f"its text has more than {_MAX_CHARS} characters")

@@ -1,6 +1,7 @@
 """Rows become messages by the config's templates, and no template runs for ever."""
 
 import pickle
+import time
 from typing import Any
 
 import pytest
@@ -144,3 +145,13 @@ def test_a_template_that_cannot_be_used_is_refused_with_its_place(
     with pytest.raises(ValidationError) as raised:
         RequestTemplate.model_validate(template)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("work", ["tags|sort|length", "tags|unique|list|length", "9 in tags"])
+def test_a_loop_whose_steps_are_dear_ends_in_time(work: str) -> None:
+    tags = [f"tag {number}" for number in range(30_000)]
+    text = f"{{% for tag in tags %}}{{% if {work} %}}.{{% endif %}}{{% endfor %}}"
+    started = time.thread_time()
+    with pytest.raises(RowError, match=r"more than 2 s; do less in each step"):
+        renderer(text).request({"tags": tags, "x": 1})
+    assert time.thread_time() - started < 20  # without an end: minutes

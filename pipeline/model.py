@@ -410,9 +410,9 @@ def model_revision(model: str, revision: str | None) -> str:
 
 
 def _hub_commit(model: str, revision: str) -> str:
-    import httpx  # the hub's client is made of it
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx  # whichever its client is made of
 
     if is_commit(revision):
         return revision

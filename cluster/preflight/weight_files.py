@@ -130,9 +130,9 @@ def _snapshot(repo: str, revision: str | None) -> Path:
 
 def _reachable(repo: str, revision: str | None) -> str:
     """Whether the hub would give it to this node now."""
-    import httpx  # the hub's client is made of it
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx  # whichever its client is made of
 
     try:
         HfApi().model_info(repo, revision=revision, timeout=_HUB_S)

@@ -55,12 +55,16 @@ def put_branch(folder: Path, commit: str) -> None:
     (snapshot / "config.json").write_text("{}")
 
 
-def settled(folder: Path) -> tuple[dict[str, Any], str | None, str]:
+NO_HUB = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+"""A hub that nobody reaches."""
+
+
+def settled(folder: Path, **variables: str) -> tuple[dict[str, Any], str | None, str]:
     """The manifest's model, the revision engines load, and the log."""
     done = subprocess.run(
         [sys.executable, "-c", SETTLE, str(folder / "job.yaml")],
         cwd=REPO_ROOT,
-        env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", **variables},
         capture_output=True,
         text=True,
         timeout=120,
@@ -93,6 +97,28 @@ def test_a_run_of_an_earlier_version_that_recorded_the_branch_resumes(folder: Pa
     assert "is not known here" in log
     put_branch(folder, FIRST)
     assert settled(folder)[:2] == (model, "main")
+
+
+def test_a_hub_that_cannot_be_reached_leaves_the_branch_and_says_so(folder: Path) -> None:
+    model, revision, log = settled(folder, **NO_HUB)
+    assert (model["revision"], revision) == ("main", "main")
+    assert "is not known here (ConnectError)" in log
+
+
+def test_preflight_says_that_the_hub_cannot_be_reached(folder: Path) -> None:
+    code = (
+        "from cluster.preflight.weight_files import look_at_weights\n"
+        f"print(look_at_weights({MODEL!r}, 'main', needs_tensors=True, checksums=False).problems)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO_ROOT,
+        env={**os.environ, "HF_HOME": str(folder / "hf"), **NO_HUB},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "the hub cannot be reached from there (ConnectError)" in done.stdout, done.stderr
 
 
 def test_a_commit_stays_as_it_is_and_asks_nobody(caplog: pytest.LogCaptureFixture) -> None:

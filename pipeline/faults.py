@@ -88,6 +88,11 @@ _TRANSIENT_BOTOCORE = (
 _patience: ContextVar[float] = ContextVar("patience", default=PATIENCE_S)
 _give_up_at: ContextVar[float] = ContextVar("give_up_at", default=float("inf"))
 
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+_RENEW = (
+    "; the session's credentials have expired: renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+    "AWS_SESSION_TOKEN together on all nodes, then start the same command again, which resumes"
+)
 _MOST_SHOWN = 8192  # characters: some errors repeat a whole URL, which may be of any length
 _USER = re.compile(r"(?<=://)[^/\s@\"']*@")
 _QUERY = re.compile(r"(://[^\s\"'?]*+)(?:\?[^\s\"']*)?")  # always matches what it has read
@@ -153,7 +158,8 @@ def describe(error: BaseException) -> str:
     text = _USER.sub("", (str(error) or type(error).__name__)[:_MOST_SHOWN])
     text = _QUERY.sub(r"\1", text)
     status, code = answer(error)
-    return text if status is None else f"{text} (HTTP {status} {code})"
+    remedy = _RENEW if code in _EXPIRED else ""
+    return text if status is None else f"{text} (HTTP {status} {code}){remedy}"
 
 
 @contextmanager

@@ -146,13 +146,23 @@ def _probe(uri: str, protocol: str) -> None:
     try:
         if is_s3:
             fs.retries = 1
-            fs.call_s3("head_bucket", Bucket=_bucket(uri))
+            _look_at_bucket(fs, uri)
         elif not isinstance(fs, LocalFileSystem) and not fs.exists(path.lstrip("/").split("/")[0]):
             raise FileNotFoundError(uri)
     except faults.driver_errors() as error:
         if faults.is_transient(error) and not isinstance(error, NobodyThereError):
             raise StorageUnavailableError(f"cannot look at {uri}") from error
         raise
+
+
+def _look_at_bucket(fs: Any, uri: str) -> None:
+    """Ask for the bucket, or, where that is denied, for the folder: rights may end at a prefix."""
+    try:
+        fs.call_s3("head_bucket", Bucket=_bucket(uri))
+    except PermissionError:
+        key = uri.partition("://")[2].lstrip("/").partition("/")[2]
+        folder = re.split(r"[*?\[]", key, maxsplit=1)[0]
+        fs.call_s3("list_objects_v2", Bucket=_bucket(uri), Prefix=folder, MaxKeys=1)
 
 
 def _bucket(uri: str) -> str:

@@ -155,3 +155,9 @@ def test_patience_in_all_is_shared_by_the_operations_inside() -> None:
         faults.retrying(partial(failing, "after"), what="after")
     assert tries["second"] == 1 < tries["first"]
     assert tries["after"] > 1
+
+
+def test_expired_credentials_say_what_to_renew() -> None:
+    error = translate_boto_error(answered(400, "ExpiredToken"))
+    assert not faults.is_transient(error)
+    assert "expired: renew AWS_ACCESS_KEY_ID" in faults.describe(error)

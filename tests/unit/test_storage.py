@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -363,3 +364,43 @@ def test_new_names_in_local_folders_are_synced_to_the_disk(
     folders = {f"{tmp_path}", f"{tmp_path}/deep", f"{tmp_path}/deep/er"}
     assert folders <= set(synced)
     assert synced[-1] == f"{tmp_path}/deep/er"  # once the object has its name
+
+
+class _OnlyTeam(BaseHTTPRequestHandler):
+    """An S3 whose caller may list the prefix ``team`` and nothing else."""
+
+    def do_HEAD(self) -> None:
+        self._answer(403, b"")
+
+    def do_GET(self) -> None:
+        if "prefix=team" in self.path:
+            body = b"<ListBucketResult><Name>b</Name><KeyCount>0</KeyCount></ListBucketResult>"
+            self._answer(200, body)
+        else:
+            self._answer(403, b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>")
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        return
+
+
+def test_rights_that_end_at_a_prefix_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = ThreadingHTTPServer(("127.0.0.1", 0), _OnlyTeam)
+    thread = threading.Thread(target=serving.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{serving.server_port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    try:
+        storage.check_reachable("s3://bucket/team/in/*.parquet")
+        with pytest.raises(InputError, match="access to bucket 'bucket' is denied"):
+            storage.check_reachable("s3://bucket/other")
+    finally:
+        serving.shutdown()
+        serving.server_close()
+        thread.join()

@@ -399,7 +399,7 @@ def _model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     """A branch that has moved is no change: the run goes on with the commit it began with."""
     return {
         "name": model["name"],
-        "revision": model.get("branch", model["revision"]),
+        "revision": model.get("branch", model.get("revision")),
         "max_patches": model.get("max_patches"),
     }
 

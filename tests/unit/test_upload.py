@@ -19,7 +19,7 @@ from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
 from pipeline.profile import REPO_ROOT, load_profile
 
-MOST_BYTES = 2_000_000
+MOST_BYTES = 2_500_000
 TOP_LEVEL = [
     ".dockerignore",
     ".gitignore",

@@ -41,7 +41,8 @@ _CONTENT_KEYS = frozenset(
         *("text", "image", "image_url", "url", "path", "base64", "image_embeds", "image_pil"),
         *("images", "source", "file", "file_id", "file_data", "files", "attachments"),
         *("audio", "audio_url", "input_audio", "video", "video_url", "function_call", "tools"),
-        *("tool_calls", "tool_call_id", "value", "parts", "message"),
+        *("tool_calls", "tool_call_id", "value", "parts", "message", "video_path"),
+        *("documents", "document", "context", "file_ids"),
     }
 )
 """Keys of messages and parts that may hold what the model is to see: never left out."""
@@ -56,8 +57,13 @@ _IMAGE_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk
 _LEAST_BASE64 = 40
 """Characters of the smallest image in base64; a shorter text is a URI."""
 
+_OF_PATHS = frozenset("/\\.:")
+"""Characters of which a URI or the name of an image file has at least one."""
+
 ImageSource = bytes | str
 """Encoded bytes, or a URI to fetch them from."""
+Unused = list[tuple[int, ImageSource]]
+"""What parts have not taken of the images column yet, with the places there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +125,11 @@ def parse_chat(prompt: Any, messages: Any, images: Any) -> Chat:
     if prompt not in (None, "") and not any(_repeats(turn, prompt) for turn in turns):
         raise _invalid("give prompt or messages, not both: leave one of them null")
     attached: list[ImageSource] = []
-    unused = list(sources)
+    unused = list(enumerate(sources))
     chat = [_turn(turn, index, unused, attached) for index, turn in enumerate(turns)]
     if unused:
+        if attached and len(unused) == len(sources):
+            raise _invalid("the part brings its own image; leave the images column null")
         raise _invalid(
             f"messages refer to {len(sources) - len(unused)} of {len(sources)} images; "
             "give each image a part {'type': 'image'}"
@@ -160,9 +168,7 @@ def _load(messages: Any) -> Sequence[Any]:
     return messages
 
 
-def _turn(
-    turn: Any, index: int, unused: list[ImageSource], attached: list[ImageSource]
-) -> dict[str, Any]:
+def _turn(turn: Any, index: int, unused: Unused, attached: list[ImageSource]) -> dict[str, Any]:
     """One message; image parts move sources from ``unused`` (the row's) to ``attached``."""
     where = f"messages[{index}]"
     if not isinstance(turn, Mapping):
@@ -207,7 +213,7 @@ def _known_keys(given: Mapping[str, Any], role: str, where: str) -> dict[str, An
 def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """Refuse what may be a part of the prompt under a key that is not ``known``; warn of others."""
     for key, value in given.items():
-        if key in known or value in (None, "", []):
+        if key in known or _is_absent(value):
             continue
         if key in _CONTENT_KEYS:
             raise _invalid(f"{where}.{key} is not supported{_remedy(key)}")
@@ -271,9 +277,7 @@ def _says_something(turn: Mapping[str, Any]) -> bool:
     return any(part["type"] == "image" or part["text"] for part in content)
 
 
-def _part(
-    part: Any, where: str, unused: list[ImageSource], attached: list[ImageSource]
-) -> dict[str, str]:
+def _part(part: Any, where: str, unused: Unused, attached: list[ImageSource]) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": _checked_text(part, where)}
     if not isinstance(part, Mapping):
@@ -287,25 +291,53 @@ def _part(
         known = ", ".join((*_TEXT_PARTS, *_IMAGE_PARTS))
         raise _invalid(f"{where}.type = {kind!r}: must be one of {known}")
     keys = _IMAGE_PARTS[kind]
-    _check_keys(part, ("type", *keys), where)
-    attached.append(_part_image({key: part.get(key) for key in keys}, kind, where, unused))
+    _check_keys(part, ("type", "image", "index", *keys), where)
+    given = {key: part[key] for key in keys if not _has_no_image(part.get(key))}
+    if "image_url" in given:
+        given.pop("image", None)  # a name or a copy of the same image
+    if kind == "image" and (not given or (unused and _is_placeholder(given))):
+        attached.append(_column_image(part.get("index"), where, unused))
+    else:
+        attached.append(_part_image(given, where))
     return {"type": "image"}
 
 
-def _part_image(
-    values: Mapping[str, Any], kind: str, where: str, unused: list[ImageSource]
-) -> ImageSource:
-    """The image of a part, which has its ``values`` under the keys of its type."""
-    given = [(key, value) for key, value in values.items() if not _is_absent(value)]
+def _has_no_image(value: Any) -> bool:
+    """Whether a key of images is absent, or a flag that says there is one elsewhere."""
+    return isinstance(value, bool) or _is_absent(value)
+
+
+def _is_placeholder(given: Mapping[str, Any]) -> bool:
+    """Whether a part has but a name, ``image_0`` or ``<image>``, for an image of the column.
+
+    Chat sets have such names beside their images. A file's name has a dot or a slash, or else
+    no image of the column is left for its part: then it is read.
+    """
+    name = given.get("image")
+    is_name = isinstance(name, str) and not _OF_PATHS & set(name) and _bare_base64(name) is None
+    return is_name and len(given) == 1
+
+
+def _column_image(index: Any, where: str, unused: Unused) -> ImageSource:
+    """The next image of the column, or the one at ``index``."""
+    if not unused:
+        raise _invalid(f"{where} refers to an image, but the images column has no more")
+    for place, (number, source) in enumerate(unused):
+        if index is None or number == index:
+            del unused[place]
+            return source
+    raise _invalid(
+        f"{where}.index: image {index!r}, which the images column lacks or another part has taken"
+    )
+
+
+def _part_image(given: Mapping[str, Any], where: str) -> ImageSource:
+    """The image that a part has itself, ``given`` by key."""
     if not given:
-        if kind != "image":
-            raise _invalid(f"{where}.image_url must be a string, or an object with a url")
-        if not unused:
-            raise _invalid(f"{where} refers to an image, but the images column has no more")
-        return unused.pop(0)
+        raise _invalid(f"{where}.image_url must be a string, or an object with a url")
     if len(given) > 1:
-        raise _invalid(f"{where} has {' and '.join(key for key, _ in given)}: give one of them")
-    ((key, value),) = given
+        raise _invalid(f"{where} has {' and '.join(given)}: give one of them")
+    ((key, value),) = given.items()
     if key == "base64":
         text = _string(value, f"{where}.base64")
         return _from_data_url(text, where) if text.startswith("data:") else _decoded(text, where)
@@ -316,8 +348,8 @@ def _part_image(
 
 
 def _is_absent(value: Any) -> bool:
-    """Whether a key's value is null, or a struct of nulls."""
-    return value is None or (isinstance(value, Mapping) and not any(value.values()))
+    """Whether a key's value is null or empty, or a struct of such values."""
+    return value in (None, "", b"", []) or (isinstance(value, Mapping) and not any(value.values()))
 
 
 def _from_data_url(url: str, where: str) -> bytes:

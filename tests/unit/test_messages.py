@@ -232,6 +232,11 @@ def test_images_of_several_turns_stay_in_order() -> None:
         ({"type": "image", "source": {"type": "base64", "data": "eA=="}}, "source"),
         ({"type": "input_image", "file_id": "file-1"}, "file_id"),
         ({"type": "image", "video": "x.mp4"}, "video"),
+        ({"type": "image", "video_path": "x.mp4"}, "video_path"),
+        ({**text("a"), "document": {"text": "b"}}, "document"),
+        ({**text("a"), "documents": ["b"]}, "documents"),
+        ({**text("a"), "context": "b"}, "context"),
+        ({**text("a"), "file_ids": ["file-1"]}, "file_ids"),
     ],
 )
 def test_a_part_is_refused_rather_than_read_without_its_content(
@@ -262,6 +267,11 @@ BASE64 = base64.b64encode(BIG_PNG).decode()
         ({"type": "image_url", "image_url": "s3://b/x.png"}, "s3://b/x.png"),
         ({"type": "image_url", "image_url": {"url": "x.png", "detail": "low"}}, "x.png"),
         ({"type": "input_image", "image_url": "x.png", "detail": "auto"}, "x.png"),
+        ({"type": "image", "image": "a.png", "image_url": {"url": "s3://b/k"}}, "s3://b/k"),
+        ({"type": "image_url", "image": "x", "image_url": "s3://b/k"}, "s3://b/k"),
+        ({"type": "image", "image": "x.png", "index": 7}, "x.png"),
+        ({"type": "image", "image": "pictures/x"}, "pictures/x"),
+        ({"type": "image", "path": "image_0"}, "image_0"),
     ],
 )
 def test_a_part_that_names_an_image_never_takes_the_columns(
@@ -277,6 +287,11 @@ def test_a_part_that_names_an_image_never_takes_the_columns(
         {"type": "image", "image": None, "image_url": None},
         {"type": "image", "image_url": {"url": None}},
         {"type": "image", "image": {"bytes": None, "path": None}, "text": ""},
+        {"type": "image", "video": {"url": None}},
+        {"type": "image", "image": ""},
+        {"type": "image", "image": True},
+        {"type": "image", "image": "image_0"},
+        {"type": "image", "image": "<image>"},
     ],
 )
 def test_a_part_without_an_image_of_its_own_takes_the_columns(part: dict[str, Any]) -> None:
@@ -287,7 +302,11 @@ def test_a_part_without_an_image_of_its_own_takes_the_columns(part: dict[str, An
     ("part", "words"),
     [
         ({"type": "image", "image": "a.png", "url": "b.png"}, "has image and url: give one"),
-        ({"type": "image", "image": ""}, "content[0].image is null or empty"),
+        ({"type": "image", "image": 7}, "content[0].image is null or empty"),
+        ({"type": "image", "image": "a.png"}, "the part brings its own image; leave the images"),
+        ({"type": "image_url", "image": "x.png"}, "image_url must be a string, or an object"),
+        ({"type": "image", "index": 1}, "image 1, which the images column lacks or another part"),
+        ({"type": "image", "index": "0"}, "image '0', which the images column lacks"),
         ({"type": "image_url"}, "image_url must be a string, or an object with a url"),
         ({"type": "input_image", "image_url": {"url": 7}}, "image_url.url must be a string"),
         ({"type": "image", "base64": "no base64!"}, "bad base64"),
@@ -299,6 +318,23 @@ def test_an_image_part_that_cannot_be_read_names_its_fault(
     with pytest.raises(RowError) as caught:
         parse_chat(None, [{"role": "user", "content": [part]}], [PNG])
     assert words in caught.value.message
+
+
+def ask_of(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_a_name_is_read_as_a_file_where_the_column_has_no_image_left() -> None:
+    named = {"type": "image", "image": "image_0"}
+    assert parse_chat(None, ask_of(named), None).images == ("image_0",)
+    assert parse_chat(None, ask_of(IMAGE, named), [PNG]).images == (PNG, "image_0")
+
+
+def test_the_index_of_a_part_picks_the_columns_image() -> None:
+    parts = [{**IMAGE, "index": 1}, {**IMAGE, "index": 0.0}, {**IMAGE, "index": None}]
+    assert parse_chat(None, ask_of(*parts), [b"A", b"B", b"C"]).images == (b"B", b"A", b"C")
+    with pytest.raises(RowError, match="image 0, which the images column lacks or another part"):
+        parse_chat(None, ask_of(IMAGE, {**IMAGE, "index": 0}), [b"A", b"B"])
 
 
 @pytest.mark.parametrize("item", [BASE64, f"data:image/png;base64,{BASE64}", f"{BASE64}\n"])

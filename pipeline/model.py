@@ -110,8 +110,6 @@ class PromptFormat:
     """Characters of the longest token: no prompt has fewer tokens than its length over this."""
     vocab_size: int
     """Token ids the model knows: those from 0 to below this."""
-    server_defaults: SamplingDefaults
-    """What vLLM's server would take for a chat that says nothing (``DefaultsOf.SERVER``)."""
 
     def tokenize(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -305,16 +303,25 @@ def load_prompt_format(spec: ModelSpec) -> PromptFormat:
         knows_developer=_knows_developer(tokenizer),
         longest_token=max(map(len, tokenizer.get_vocab())),
         vocab_size=_vocab_size(folder),
-        server_defaults=_server_defaults(folder, spec),
     )
 
 
-def _server_defaults(folder: Path, spec: ModelSpec) -> SamplingDefaults:
+@lru_cache(maxsize=4)
+def server_defaults(spec: ModelSpec) -> SamplingDefaults:
+    """What vLLM's server would take for a chat that says nothing (``DefaultsOf.SERVER``).
+
+    Raises:
+        ConfigError: the model's generation config has a value out of range.
+    """
     source = spec.generation_config
-    folder = folder if source == "auto" else Path(source)
+    is_own = source == "auto"
+    folder = model_folder(locate_model(spec.model), spec.revision) if is_own else Path(source)
     config = {} if source == "vllm" else _json(folder / "generation_config.json")
     given = {**config, **dict(spec.generation_overrides)}
     known = {name: given[name] for name in _GENERATION if given.get(name) is not None}
+    for name in {"top_k", "max_new_tokens"} & set(known):
+        if isinstance(known[name], float) and known[name].is_integer():
+            known[name] = int(known[name])
     limit = known.pop("max_new_tokens", spec.max_model_len)
     try:
         return SamplingDefaults(max_completion_tokens=limit, **known)

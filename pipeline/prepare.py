@@ -21,7 +21,7 @@ from pipeline.errors import ErrorCode, InputError, RowError
 from pipeline.fetch import Fetched, ImageFetcher, check_size
 from pipeline.images import image_size
 from pipeline.messages import Chat, RawPrompt, parse_chat
-from pipeline.model import ModelSpec, PromptFormat, load_prompt_format
+from pipeline.model import ModelSpec, PromptFormat, load_prompt_format, server_defaults
 from pipeline.openai_input import BatchLine, Endpoint, read_line
 from pipeline.plan import FirstUse, Shard
 from pipeline.read import InputColumns
@@ -156,7 +156,7 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
     prompts = load_prompt_format(spec.model)
     shard = block_shard(block)
     rows = _input_rows(block, spec.columns)
-    parameters = _Parameters(spec.sampling, _bases(spec, prompts.server_defaults))
+    parameters = _Parameters(spec.sampling, _bases(spec, server_defaults))
     parsed = [
         _parse(number, row, earlier, spec, shard.uri, parameters)
         for (number, row), earlier in zip(rows, read_first_uses(block), strict=True)
@@ -177,11 +177,12 @@ def prepare_block(block: pa.Table, *, spec: PrepareSpec) -> pa.Table:
 
 
 def _bases(
-    spec: PrepareSpec, server: SamplingDefaults
+    spec: PrepareSpec, of_server: Callable[[ModelSpec], SamplingDefaults]
 ) -> Mapping[Endpoint | None, SamplingDefaults]:
     """What the run's defaults fall back to, by endpoint."""
     if spec.defaults is DefaultsOf.PROGRAM:
         return {}
+    server = of_server(spec.model)
     short = server.model_copy(update={"max_completion_tokens": _RAW_COMPLETION_TOKENS})
     return {Endpoint.CHAT: server, Endpoint.COMPLETIONS: short}
 
@@ -190,7 +191,7 @@ def expired_rows(block: pa.Table, spec: PrepareSpec) -> list[Failure]:
     """An ``expired`` record for each sample of an input block; nothing is judged or fetched."""
     uri = block_shard(block).uri
     no_limit = SamplingDefaults(max_completion_tokens=spec.model.max_model_len)
-    parameters = _Parameters(spec.sampling, _bases(spec, no_limit))
+    parameters = _Parameters(spec.sampling, _bases(spec, lambda _: no_limit))
     return [
         expired
         for number, row in _input_rows(block, spec.columns)

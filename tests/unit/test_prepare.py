@@ -416,9 +416,32 @@ def test_a_run_of_an_earlier_version_keeps_its_own_defaults(tmp_path: Path) -> N
 
 
 def test_a_generation_config_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
-    model = with_generation_config(tmp_path, temperature=7.0)
+    model = ModelSpec(with_generation_config(tmp_path, temperature=7.0), None, 512)
+    line = batch_line("a", messages=[{"role": "user", "content": "Hi"}])
     with pytest.raises(ConfigError, match=r"generation_config\.json.*temperature.* = 7\.0"):
-        load_prompt_format(ModelSpec(model, None, 512))
+        prepare_lines(tmp_path, line, model=model, defaults=DefaultsOf.SERVER)
+
+
+def test_a_generation_config_is_no_matter_to_a_run_with_its_own_defaults(tmp_path: Path) -> None:
+    odd = {"temperature": 2.5, "top_k": 5.5, "repetition_penalty": 2.1, "top_p": 0.0}
+    model = ModelSpec(with_generation_config(tmp_path, **odd), None, 512)
+    line = batch_line("a", messages=[{"role": "user", "content": "Hi"}])
+    (item,) = prepare_lines(tmp_path, line, model=model, sampling=SamplingDefaults())
+    assert good(item).sampling.temperature == 1.0
+
+
+def test_whole_floats_of_a_generation_config_are_integers(tmp_path: Path) -> None:
+    model = with_generation_config(tmp_path, top_k=50.0, max_new_tokens=60.0)
+    line = batch_line("a", messages=[{"role": "user", "content": "Hi"}])
+    (item,) = prepare_lines(
+        tmp_path,
+        line,
+        model=ModelSpec(model, None, 512),
+        sampling=SamplingDefaults(),
+        defaults=DefaultsOf.SERVER,
+    )
+    asked = good(item).sampling
+    assert (asked.top_k, asked.max_completion_tokens) == (50, 60)
 
 
 def test_images_of_a_line_are_read_from_data_urls_and_files(tmp_path: Path) -> None:

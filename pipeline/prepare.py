@@ -24,7 +24,7 @@ from pipeline.messages import Chat, RawPrompt, parse_chat
 from pipeline.model import ModelSpec, PromptFormat, load_prompt_format, server_defaults
 from pipeline.openai_input import BatchLine, Endpoint, read_line
 from pipeline.plan import FirstUse, Shard
-from pipeline.read import InputColumns
+from pipeline.read import REQUEST_COLUMNS, InputColumns
 from pipeline.records import (
     Failure,
     Prepared,
@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 _MAX_IMAGES = 999  # vLLM's own default
 _RAW_COMPLETION_TOKENS = 16  # OpenAI's and vLLM's default of /v1/completions
 _NO_SEED = -1  # as in vLLM
+_PARSED = frozenset(REQUEST_COLUMNS) - {"custom_id"}
+"""Columns whose JSON is parsed; an id and a template's column keep the text, digit by digit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ def _input_rows(block: pa.Table, columns: InputColumns) -> list[tuple[int, dict[
     names = set(everything.column_names)
     present = {ours: theirs for ours, theirs in columns.request.items() if theirs in names}
     table = pa.table({ours: everything.column(theirs) for ours, theirs in present.items()})
-    rows = rows_of(table) if present else [{}] * block.num_rows
+    rows = rows_of(table, parsed=_PARSED) if present else [{}] * block.num_rows
     return list(zip(block.column("input_row").to_pylist(), rows, strict=True))
 
 

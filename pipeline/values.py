@@ -1,13 +1,15 @@
 """values: Arrow values as Python's, one by one where a column holds some that Python cannot hold.
 
 In: a column. Out: its values; JSON (``extension<arrow.json>``: datasets' ``Json()``, DuckDB's JSON)
-is parsed at any depth. A text that is not UTF-8, a date outside of the years 1-9999 or a time in a
-zone that this machine does not know becomes an ``Unreadable``, which is for the caller to judge.
+is its text, or is parsed at any depth. A text that is not UTF-8, a date outside of the years 1-9999
+or a time in a zone that this machine does not know becomes an ``Unreadable``, which is for the
+caller to judge.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +28,31 @@ class Unreadable:
 
 
 def python_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The column's values, JSON as text; ``Unreadable`` in place of those that cannot be read."""
+    return _values(column, parse=False)
+
+
+def parsed_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     """The column's values, JSON parsed; ``Unreadable`` in place of those that cannot be read."""
-    has_json = holds_json(column.type)
+    return _values(column, parse=holds_json(column.type))
+
+
+def rows_of(table: pa.Table, *, parsed: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of a table; JSON is parsed in the columns ``parsed``, and text in the others."""
+    names = table.column_names
+    columns = [
+        parsed_values(column) if name in parsed else python_values(column)
+        for name, column in zip(names, table.columns, strict=True)
+    ]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.Array | pa.ChunkedArray, *, parse: bool) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-        if has_json:
-            return [_parsed(value, column.type) for value in values]
-        return values
+        return [_parsed(value, column.type) for value in values] if parse else values
     except _UNREADABLE:
-        return [_value(column.slice(row, 1), parse=has_json) for row in range(len(column))]
-
-
-def rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table, each column's values as ``python_values`` gives them."""
-    names = table.column_names
-    columns = [python_values(column) for column in table.columns]
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [_value(column.slice(row, 1), parse=parse) for row in range(len(column))]
 
 
 def _value(one: pa.Array | pa.ChunkedArray, *, parse: bool) -> Any:

@@ -52,7 +52,7 @@ def _first_rows(job: Job) -> list[Mapping[str, Any]]:
             table = read_shard(Shard(0, file.uri, 0, min(_ROWS, file.rows)), columns)
             return [
                 {name: value for name, value in row.items() if name in wanted}
-                for row in rows_of(table)
+                for row in rows_of(table, parsed=())
             ]
     return []
 

@@ -181,7 +181,8 @@ def _records(recorded: Recorded, place: Place) -> list[dict[str, Any]]:
     if place.shard.index not in recorded.run.done:
         return []
     table = read_stored_part(recorded.run.uri, place.shard.index).table
-    rows = rows_of(table.filter(pc.equal(table.column("input_row"), place.row)))
+    found = table.filter(pc.equal(table.column("input_row"), place.row))
+    rows = rows_of(found, parsed=found.column_names)
     plain: list[dict[str, Any]] = json.loads(json.dumps(rows, default=str))
     return plain
 

@@ -14,7 +14,7 @@ from pipeline.openai_input import read_line
 from pipeline.plan import Shard
 from pipeline.read import LINE_COLUMN, InputColumns, read_shard
 from pipeline.sampling import parse_json_sampling, parse_row_sampling
-from pipeline.values import Unreadable, python_values
+from pipeline.values import Unreadable, parsed_values
 
 _NONE_CARRIED = pa.schema([])
 
@@ -50,7 +50,7 @@ def _column_names(uri: str) -> list[str]:
 
 
 def _row_seeds(table: pa.Table, column: str) -> Iterator[int | None]:
-    for value in python_values(table.column(column)):
+    for value in parsed_values(table.column(column)):
         try:
             yield None if isinstance(value, Unreadable) else parse_row_sampling(value).seed
         except RowError:

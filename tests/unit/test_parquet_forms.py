@@ -229,22 +229,54 @@ def test_an_id_that_python_cannot_hold_is_its_rows_error(tmp_path: Path, column:
     assert labels == column.cast(labels.type)
 
 
+def templated(
+    folder: Path, table: pa.Table, prompt: str, *, renamed: dict[str, str]
+) -> list[Prepared | Failure]:
+    store(folder, "a.parquet", table)
+    template = RequestTemplate(prompt=prompt)
+    found = open_input(str(folder), renamed=renamed, carry=[], template=template.columns)
+    spec = replace(spec_of(folder, found), renderer=Renderer(template))
+    shard = Shard(0, found.files[0].uri, 0, table.num_rows)
+    block = input_block(shard, read_shard(shard, found.columns))
+    return list(read_prepared(prepare_block(block, spec=spec)))
+
+
 def test_a_template_column_that_python_cannot_hold_is_its_rows_error(tmp_path: Path) -> None:
-    table = pa.table({"day": pa.array([10_000_000, 1], pa.date32()), "meta": ['{"a": 1}', "?"]})
-    table = table.set_column(
-        1, "meta", pa.ExtensionArray.from_storage(pa.json_(), table[1].chunk(0))
-    )
-    store(tmp_path / "in", "a.parquet", table)
-    template = RequestTemplate(prompt="{{ day }}{{ meta.a }}")
-    found = open_input(str(tmp_path / "in"), renamed={}, carry=[], template=template.columns)
-    spec = replace(spec_of(tmp_path / "in", found), renderer=Renderer(template))
-    shard = Shard(0, found.files[0].uri, 0, 2)
-    failures = read_prepared(
-        prepare_block(input_block(shard, read_shard(shard, found.columns)), spec=spec)
-    )
-    messages = [each.message for each in failures if isinstance(each, Failure)]
-    assert messages[0].startswith("day is a date32[day] that cannot be read: ")
-    assert messages[1].startswith("meta is a extension<arrow.json> that cannot be read: ")
+    table = pa.table({"day": pa.array([10_000_000, 1], pa.date32())})
+    failure, other = templated(tmp_path / "in", table, "{{ day }}", renamed={})
+    assert isinstance(failure, Failure)
+    assert failure.message.startswith("day is a date32[day] that cannot be read: ")
+    assert isinstance(other, Prepared)
+
+
+def test_json_in_an_id_or_a_template_column_is_its_text(tmp_path: Path) -> None:
+    key, meta, deep = ['"k"', "1.10"], ['{"b": 1.10, "a": null}', "not JSON"], ["1.10", "[ ]"]
+    folders = []
+    for name, kind in (("texts", pa.string()), ("typed", pa.json_())):
+        inner = pa.StructArray.from_arrays([typed(deep, kind)], ["x"])
+        columns = {"key": typed(key, kind), "meta": typed(meta, kind), "deep": inner}
+        folders.append(
+            templated(
+                tmp_path / name,
+                pa.table(columns),
+                "{{ meta }}{{ deep.x }}",
+                renamed={"custom_id": "key"},
+            )
+        )
+    assert [each.custom_id for each in folders[0]] == key
+    assert folders[1] == good(folders[0])
+
+
+def test_ids_in_json_are_the_same_if_their_texts_are(tmp_path: Path) -> None:
+    ids = typed(["1.10", "1.1", "1.1"], pa.json_())
+    store(tmp_path / "in", "a.parquet", pa.table({"prompt": ["?"] * 3, "custom_id": ids}))
+    found = open_input(str(tmp_path / "in"), renamed={}, carry=None)
+    assert list(find_duplicates(found.files, "custom_id").rows) == [2]
+
+
+def typed(texts: list[str], kind: pa.DataType) -> pa.Array:
+    stored = pa.array(texts)
+    return stored if kind == stored.type else pa.ExtensionArray.from_storage(kind, stored)
 
 
 def as_json(values: list[Any]) -> pa.Array:
@@ -274,7 +306,7 @@ def test_json_columns_are_read_as_the_values_they_hold(
     store(tmp_path / "in", "a.parquet", pa.table(columns))
     items = good(prepare(tmp_path / "in", tmp_path))
     assert tokens(list(items)) == expected
-    assert [item.custom_id for item in items] == ["a", "2", "a.parquet:2"]
+    assert [item.custom_id for item in items] == ['"a"', "2", "a.parquet:2"]
     assert items[0].sampling.max_completion_tokens == 7
 
 

@@ -1,10 +1,10 @@
 """input_files: which files at the input's URIs are read, in which form, and which are left out.
 
 In: URIs. Out: ``Listing``. In folders the suffix tells a file's form, in any case; a file that is
-named, and all files of a glob of which none has a known suffix, are told by their content. Nothing
-is dropped without a word: what is not read is counted, with the reason. Tables that consist of more
-than their Parquet files (Delta, Hudi, Iceberg, Lance, Paimon) are refused: read as loose files they
-would give deleted rows back.
+named, and the visible files of a glob of which none has a known suffix, are told by their content.
+Nothing is dropped without a word: what is not read is counted, with the reason. Tables that consist
+of more than their Parquet files (Delta, Hudi, Iceberg, Lance, Paimon) are refused: read as loose
+files they would give deleted rows back.
 """
 
 from __future__ import annotations
@@ -94,9 +94,15 @@ def list_input(uris: Sequence[str]) -> Listing:
     by_uri = {uri: [entry for entry, form in files if form] for uri, files in found.items()}
     forms = {entry.uri: form for files in found.values() for entry, form in files if form}
     _check_one_form(forms)
-    _check_no_table_around({input_root(uri, entries[0].uri) for uri, entries in by_uri.items()})
-    rest = {entry.uri for files in found.values() for entry, form in files if not form}
-    return Listing(by_uri, next(iter(forms.values())), _left_out(sorted(rest - forms.keys())))
+    roots = {uri: input_root(uri, files[0][0].uri) for uri, files in found.items()}
+    _check_no_table_around(set(roots.values()))
+    rest = {
+        entry.uri: roots[uri]  # the deepest, which hides the fewest
+        for uri, files in sorted(found.items(), key=lambda each: len(roots[each[0]]))
+        for entry, form in files
+        if not form and entry.uri not in forms
+    }
+    return Listing(by_uri, next(iter(forms.values())), _left_out(rest))
 
 
 def form_by_suffix(uri: str) -> Form | None:
@@ -141,8 +147,8 @@ def _list(uri: str) -> _Told:
         raise InputError(f"input.uri {uri} cannot be listed: {error}.") from None
     if not entries:
         raise InputError(f"input.uri {uri}: there is no file.")
-    root = storage.absolute(uri).rstrip("/")
-    is_file = entries[0].uri == root
+    root = input_root(uri, entries[0].uri)
+    is_file = entries[0].uri == storage.absolute(uri).rstrip("/")
     by_name = is_file or by_pattern
     told = [
         (entry, form_by_suffix(entry.uri) if by_name or _is_visible(entry.uri, root) else None)
@@ -152,12 +158,19 @@ def _list(uri: str) -> _Told:
     if any(form for _, form in told):
         return told
     if by_name:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return list(zip(entries, pool.map(_form_inside, entries), strict=True))
+        return _told_by_content(entries, root)
     raise InputError(
         f"input.uri {uri}: found {len(entries)} files, none of which can be read: "
-        f"{'; '.join(map(str, _left_out([entry.uri for entry in entries])))}."
+        f"{'; '.join(map(str, _left_out({entry.uri: root for entry in entries})))}."
     )
+
+
+def _told_by_content(entries: Sequence[storage.FileEntry], root: str) -> _Told:
+    """The visible files with the forms inside; all of them if none is visible."""
+    chosen = [entry for entry in entries if _is_visible(entry.uri, root)] or entries
+    with ThreadPoolExecutor(_THREADS) as pool:
+        forms = dict(zip((e.uri for e in chosen), pool.map(_form_inside, chosen), strict=True))
+    return [(entry, forms.get(entry.uri)) for entry in entries]
 
 
 def _form_inside(entry: storage.FileEntry) -> Form:
@@ -186,16 +199,17 @@ def _check_one_form(forms: Mapping[str, Form]) -> None:
         )
 
 
-def _left_out(uris: Sequence[str]) -> tuple[LeftOut, ...]:
-    reasons = sorted((_reason(uri), uri) for uri in uris)
+def _left_out(roots: Mapping[str, str]) -> tuple[LeftOut, ...]:
+    """The files by reason; ``roots`` has each one's input root, below which names may hide it."""
+    reasons = sorted((_reason(uri, root), uri) for uri, root in roots.items())
     groups = ((reason, [uri for _, uri in of]) for reason, of in groupby(reasons, lambda r: r[0]))
     return tuple(LeftOut(reason, len(of), tuple(of[:_EXAMPLES])) for reason, of in groups)
 
 
-def _reason(uri: str) -> str:
+def _reason(uri: str, root: str) -> str:
     if uri.lower().endswith(_PACKED_SUFFIXES):
         return _PACKED
-    return _STRANGE if form_by_suffix(uri) is None and _is_visible(uri, "") else HIDDEN
+    return _STRANGE if form_by_suffix(uri) is None and _is_visible(uri, root) else HIDDEN
 
 
 def _check_no_table_inside(told: _Told) -> None:

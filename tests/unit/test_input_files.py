@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.duplicates import find_duplicates
 from pipeline.errors import InputError
-from pipeline.input_files import Form, form_by_suffix, list_input
+from pipeline.input_files import HIDDEN, Form, form_by_suffix, list_input
 from pipeline.plan import make_plan
 from pipeline.read import Input, open_input, read_shard
 
@@ -69,6 +69,33 @@ def test_a_named_file_or_a_glob_is_told_by_its_content(tmp_path: Path, uri: str)
     put(tmp_path, **{"in/000000_0": parquet()})
     found = settled(f"{tmp_path}/{uri}")
     assert (found.files[0].form, found.is_jsonl, found.files[0].rows) == ("parquet", False, 1)
+
+
+def test_hidden_files_of_a_glob_without_suffixes_are_left_out(tmp_path: Path) -> None:
+    rest = ["_SUCCESS", "._SUCCESS.crc", ".000000_0.crc"]
+    put(tmp_path / "_stage/in", **{"000000_0": parquet(), **dict.fromkeys(rest, b"")})
+    found = settled(f"{tmp_path}/_stage/in/*")
+    assert names(found) == ["000000_0"]
+    (group,) = found.left_out
+    assert (group.reason, group.files) == (HIDDEN, len(rest))
+
+
+def test_a_glob_of_hidden_files_alone_is_told_by_its_content(tmp_path: Path) -> None:
+    put(tmp_path, **{"in/_000000_0": parquet(), "in/b": LINE})
+    assert names(settled(f"{tmp_path}/in/_0*")) == ["_000000_0"]
+
+
+@pytest.mark.parametrize(
+    "uris",
+    [["_stage/in"], ["_stage/in/*"], ["_stage/in", "*/in/*"], ["*/in/*", "_stage/in"]],
+)
+def test_folders_above_the_input_hide_none_of_its_files(tmp_path: Path, uris: list[str]) -> None:
+    put(tmp_path / "_stage/in", **{"a.parquet": parquet(), "b.csv": b"prompt"})
+    found = settled([f"{tmp_path}/{uri}" for uri in uris])
+    assert names(found) == ["a.parquet"]
+    (group,) = found.left_out
+    assert group.reason != HIDDEN
+    assert group.examples == (f"file://{tmp_path}/_stage/in/b.csv",)
 
 
 def test_named_lines_are_lines_whatever_their_suffix(tmp_path: Path) -> None:

@@ -405,7 +405,7 @@ class _Parts:
         self._outdated: list[int] = []
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1)
-        self._reading: Future[Totals] = self._pool.submit(self._read, run)
+        self._reading: Future[Totals | None] = self._pool.submit(self._read, run)
 
     def add(self, stats: PartStats) -> None:
         """Count a part of this start; a shard that a lost node made twice counts once."""
@@ -441,11 +441,12 @@ class _Parts:
         self._stopped.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, run: Run) -> Totals:
+    def _read(self, run: Run) -> Totals | None:
+        """The sums of all earlier parts; None if it was stopped before it had read them."""
         earlier = Sums()
         for stats in read_stats(run.uri, sorted(run.done)):
             if self._stopped.is_set():
-                break
+                return None
             if not counts(run.to, stats):
                 self._outdated.append(stats.shard)
             earlier.add(stats)

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 from jobs import signals
@@ -141,9 +141,10 @@ def run_job(
             log.exception("this is a defect; please report it with the lines below")
             message = f"unexpected {type(error).__name__}: {error}"
             result = _failure(RunStatus.FAILED, message, started)
-        if result.error:
-            sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
-        sys.stderr.flush()
+        with suppress(OSError):  # nobody may read it; the last line is to come in any case
+            if result.error:
+                sys.stderr.write(redacted_text(f"{result.status}: {result.error}\n"))
+            sys.stderr.flush()
         last_line.write(json.dumps(redacted(result.to_json())), int(result.exit_code))
         if signals.heard() is not None:  # nothing is left to wait for: no thread, no hook
             os._exit(int(result.exit_code))
@@ -151,8 +152,9 @@ def run_job(
 
 
 def name_run(uri: str) -> None:
-    """Tell which run it is, for the last line of a job that ends without a result of its own."""
-    last_line.run = redacted_text(uri)
+    """Name the run in the last line of a job that ends without a result; the first name counts."""
+    if last_line.run is None:
+        last_line.run = redacted_text(uri)
 
 
 def end_budget() -> Budget:

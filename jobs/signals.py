@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import sys
@@ -34,6 +35,9 @@ from typing import Any, NoReturn
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _INTERRUPTED = 75
 """As ``errors.ExitCode``, which would be loaded too late for a process that has only begun."""
+_MOST_END_S = 15.0
+"""After a signal that ends the process at once; ``pipeline.children`` takes some 5 s of it."""
+_SAY_S = 1
 _PRINT_S = 5.0
 """What the job's own last line may take once it has begun."""
 _SPARE_S = 0.5
@@ -161,12 +165,14 @@ class _Listener:
     def _hear(self, name: str) -> None:
         with self._lock:
             allowance, now = self._allowance, time.monotonic()
-            if self.heard is None and allowance is not None:
+            is_first = self.heard is None
+            if is_first and allowance is not None:
                 self.heard = Heard(name, now, now + allowance.seconds)
                 self.noted.set()
-                os.write(2, f"{name}: {allowance.words}; once more = at once\n".encode())
-                return
-        again = self.heard is not None
+        if is_first and allowance is not None:
+            _say(f"{name}: {allowance.words}; once more = at once")
+            return
+        again = not is_first
         end_at_once(
             f"stopped at once by a second signal ({name})" if again else f"stopped by {name}"
         )
@@ -196,8 +202,9 @@ class _LastLine:
         """The job's own, before it exits with ``code``. Does not return if a signal was faster."""
         self._claim.acquire()
         self._code = code
-        sys.stdout.flush()
-        os.write(self.fd, f"{line}\n".encode())
+        with suppress(OSError):  # what a library left there; the line itself goes elsewhere
+            sys.stdout.flush()
+        _write(self.fd, line)
         self._written.set()
 
     def write_interrupted(self, why: str) -> None:
@@ -219,9 +226,22 @@ class _LastLine:
             "generated_rows": 0,
             "error": f"{why}; {self.remedy}",
         }
-        with suppress(OSError):  # nobody may read it
-            os.write(2, f"interrupted: {why}; {self.remedy}\n".encode())
-            os.write(self.fd, f"{json.dumps(document)}\n".encode())
+        _write(self.fd, json.dumps(document))
+        _say(f"interrupted: {why}; {self.remedy}")
+
+
+def _write(descriptor: int, line: str) -> None:
+    """Write a line, which nobody may read any more: that must not change how the process ends."""
+    with suppress(OSError):
+        os.write(descriptor, f"{line}\n".encode())
+
+
+def _say(line: str) -> None:
+    """Write a line to stderr, unless its reader takes nothing."""
+    poll = select.poll()  # a pipe counts as ready once it has room for 4 KiB
+    poll.register(2, select.POLLOUT)
+    if poll.poll(1000 * _SAY_S):
+        _write(2, line)
 
 
 _started = time.monotonic()
@@ -327,12 +347,27 @@ def scratch_folder(prefix: str) -> Iterator[str]:
 
 def end_at_once(why: str) -> NoReturn:
     """End this process and all that runs below it, with the last line and exit code 75."""
-    from pipeline.children import end_all  # psutil, which a process that just began has not loaded
-
+    threading.Thread(target=_exit_late, daemon=True).start()
     try:
         last_line.write_interrupted(why)
-        for folder in tuple(_scratch):
-            shutil.rmtree(folder, ignore_errors=True)
-        end_all()
+        _end_children()
     finally:
         os._exit(_INTERRUPTED)
+
+
+def _exit_late() -> None:
+    """End the process also where a full pipe, or a child, holds its end up."""
+    time.sleep(_MOST_END_S)
+    try:
+        _end_children()
+    finally:
+        os._exit(_INTERRUPTED)
+
+
+def _end_children() -> None:
+    """End all that runs below this process, then delete the folders it writes to."""
+    from pipeline.children import end_all  # psutil, which a process that just began has not loaded
+
+    end_all()
+    for folder in tuple(_scratch):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -188,7 +188,7 @@ class ReplicaActor:
                     carried_columns(block),
                     seconds=time.monotonic() - started,
                     known=known.keys(),
-                    samples=samples_asked(items, known.values()),
+                    samples=samples_asked(prepared, known.values()),
                     cpu_s=added(block_cpu(block), self._replica.take_cpu()),
                     images=count_images(block),
                     attempt=self._attempt(opened),

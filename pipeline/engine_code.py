@@ -60,8 +60,8 @@ def check_engine_code(arguments: Mapping[str, Any]) -> None:
         ValueError: naming the argument.
     """
     for place, name, value in _all_arguments(arguments):
-        if value in _HARMLESS.get(name, (None, False)):
-            continue
+        if value in _HARMLESS.get(name, ()) or (name != "load_format" and not value):
+            continue  # an empty value is vLLM's own default
         if name == "load_format":
             raise ValueError(
                 f"{place} = {value!r} may run code of the weights' files; convert them to "

@@ -115,7 +115,8 @@ class ImageFetcher:
     def _read(self, allowance: Allowance, target: str, uri: str) -> Fetched:
         try:
             allowance.check()
-            return allowance.taken(storage.read_bytes(target, limit=self.max_bytes + 1))
+            data = storage.read_bytes(target, limit=self.max_bytes + 1)
+            return allowance.taken(check_size(data, self.max_bytes))
         except RowError as error:
             return error
         except FileNotFoundError:

@@ -210,7 +210,7 @@ def _finish_reason(record: Record) -> str:
 def _stop_reason(record: Record) -> str | int | None:
     """As vLLM has it beside OpenAI's keys: the stop string, or the id of the stop token."""
     found: str | None = record.get("stop_reason")
-    if found is None or found in _asked(record["sampling"]).stop:
+    if found is None or found in _asked(record["sampling"]).stop or not found.isdecimal():
         return found
     return int(found)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import islice
 from typing import TypeVar
 
@@ -28,12 +29,16 @@ def mapped(work: Callable[[Item], Found], items: Iterable[Item], threads: int) -
     """
     left = iter(items)
     pool = ThreadPoolExecutor(threads)
+
+    def submit(item: Item) -> Future[Found]:
+        return pool.submit(copy_context().run, work, item)  # with the caller's patience
+
     try:
         begun: deque[Future[Found]] = deque(
-            pool.submit(work, item) for item in islice(left, _AHEAD_PER_THREAD * threads)
+            submit(item) for item in islice(left, _AHEAD_PER_THREAD * threads)
         )
         while begun:
             yield begun.popleft().result()
-            begun.extend(pool.submit(work, item) for item in islice(left, 1))
+            begun.extend(submit(item) for item in islice(left, 1))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -319,7 +319,8 @@ def samples_asked(
             asked[item.input_row] = max(asked.get(item.input_row, 1), item.sample_index + 1)
     for outcome in known:
         if outcome.input_row not in ready:
-            asked[outcome.input_row] = max(asked[outcome.input_row], recorded_samples(outcome))
+            before = asked.get(outcome.input_row, 1)
+            asked[outcome.input_row] = max(before, recorded_samples(outcome))
     return asked
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import ErrorCode, RowError
 from pipeline.fetch import Fetched, ImageFetcher
-from pipeline.web import WebReader, is_public
+from pipeline.web import WebReader, is_public, too_large
 
 LIMIT = 1000
 BODY = b"an image, let us say"
@@ -358,6 +358,16 @@ def test_each_of_many_web_images_is_looked_up_a_few_times() -> None:
     found = ImageFetcher("s3://in/rows", LIMIT, 4, web=WebReader((), 5, LIMIT, 4)).fetch(uris)
     assert list(found) == uris
     assert _Counted.hashed < 10 * len(uris)  # in a set made anew for each: 200 times
+
+
+def test_images_that_are_too_large_take_nothing_from_what_the_others_may(tmp_path: Path) -> None:
+    names = [*(f"big-{number}.png" for number in range(6)), "small.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(2000 if name.startswith("big") else 400))
+    fetcher = ImageFetcher(f"file://{tmp_path}", 1000, 1, max_block_bytes=5000)
+    found = fetcher.fetch(names)
+    assert found["small.png"] == bytes(400)
+    assert {str(found[name]) for name in names[:-1]} == {str(too_large(1000))}
 
 
 def test_the_images_of_a_block_are_bounded_together(server: _Server, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from itertools import count, islice
 
 import pytest
 
+from pipeline.faults import current_patience, patience
 from pipeline.parallel import mapped
 
 
@@ -30,3 +31,8 @@ def test_an_error_comes_in_its_turn_and_ends_the_work() -> None:
     with pytest.raises(ZeroDivisionError):
         next(results)
     assert list(results) == []
+
+
+def test_threads_have_the_patience_of_their_caller() -> None:
+    with patience(1.5):
+        assert list(mapped(lambda _: current_patience(), range(3), 2)) == [1.5] * 3

@@ -343,6 +343,20 @@ def test_every_argument_of_vllm_with_a_name_that_imports_is_refused() -> None:
             check_engine_code({name: "their.module"})
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"additional_config": {}},
+        {"logits_processors": []},
+        {"worker_extension_cls": ""},
+        {"allowed_local_media_path": ""},
+        {"config_format": None},
+    ],
+)
+def test_an_argument_that_states_vllms_own_default_is_taken(argument: dict[str, object]) -> None:
+    assert load_profile("mini-maverick", overrides=argument).engine_args.items() >= argument.items()
+
+
 @pytest.mark.parametrize("load_format", ["auto", "safetensors", "runai_streamer", "dummy"])
 def test_load_formats_that_read_safetensors_or_nothing_are_taken(load_format: str) -> None:
     overrides = {"load_format": load_format, "trust_remote_code": False}

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,34 @@ with signals.deferred(0.5):
 """
     with started(body) as job:
         job.wait_for("ready")
+        job.process.send_signal(signal.SIGTERM)
+        assert_interrupted(job.end(), "stopped by SIGTERM, and cut short")
+
+
+@pytest.mark.parametrize(
+    "reader",
+    ["os.close(reader)", "os.set_blocking(writer, False); fill(writer)"],
+    ids=["is gone", "takes nothing"],
+)
+def test_a_reader_of_stderr_that_fails_keeps_no_job_from_its_end(reader: str) -> None:
+    body = f"""
+def fill(descriptor):
+    try:
+        while True:
+            os.write(descriptor, b"x" * 4096)
+    except BlockingIOError:
+        os.set_blocking(descriptor, True)
+
+reader, writer = os.pipe()
+with signals.deferred(0.5):
+    ready()
+    {reader}
+    os.dup2(writer, 2)
+    time.sleep(1000)
+"""
+    with started(body) as job:
+        job.wait_for("ready")
+        time.sleep(0.5)  # stderr tells nothing more
         job.process.send_signal(signal.SIGTERM)
         assert_interrupted(job.end(), "stopped by SIGTERM, and cut short")
 

@@ -32,7 +32,7 @@ check: setup  ## ruff, format, mypy strict
 	$(BIN)/mypy
 
 test: setup  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: setup  ## 30 kills over a run of 2,000 rows, and a verdict: about 40 minutes (CHAOS_ARGS=--help)
 	$(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)

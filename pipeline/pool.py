@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 _DEATHS_PER_SEAT = 4
 """Workers per seat that may end unasked, while no row is completed, until the run fails."""
-_DEATHS_ALONE = 8
+_DEATHS_ALONE = 4
 """Beyond those, of workers with one suspect shard: to halve its rows takes some in a row."""
 _DEATHS_OF_A_SHARD = 64
 """Workers that may end of one shard: enough for several rows of it to be found."""

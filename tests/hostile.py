@@ -148,8 +148,8 @@ def _image_uris(folder: Path) -> Iterator[Case]:
     yield _uri("uri-a-pipe", Code.IMAGE_FORBIDDEN, "pipe.png")
     one_part = {"type": "image_url", "image_url": {"url": "x" * 1_000_000}}
     content = [{"role": "user", "content": [one_part]}]
-    yield _chat("uri-of-a-megabyte", Code.IMAGE_FETCH_FAILED, content)
-    yield _uri("uri-too-long", Code.IMAGE_FETCH_FAILED, "x" * 10_000)
+    yield _chat("uri-of-a-megabyte", Code.IMAGE_FORBIDDEN, content)
+    yield _uri("uri-too-long", Code.IMAGE_FORBIDDEN, "x" * 10_000)
     for name, url, code in [
         ("bad-base64", "data:image/png;base64,!!!!", Code.IMAGE_INVALID),
         ("base64-beyond-ascii", "data:image/png;base64,\u00e9", Code.IMAGE_INVALID),
@@ -166,7 +166,8 @@ def _messages() -> Iterator[Case]:
     code = Code.INVALID_MESSAGES
     yield Case("no-request", code, prompt=None)
     yield Case("empty-prompt", code, prompt="")
-    yield Case("both", code, prompt="a", messages='[{"role": "user", "content": "a"}]')
+    yield Case("both", code, prompt="a", messages='[{"role": "user", "content": "b"}]')
+    yield Case("both-alike", None, prompt="a", messages='[{"role": "user", "content": "a"}]')
     yield Case("not-json", code, prompt=None, messages="{")
     yield Case("a-hundred-thousand-brackets", code, prompt=None, messages="[" * 100_000)
     yield _chat(
@@ -202,7 +203,7 @@ def _parameters() -> Iterator[Case]:
         "n-of-a-billion": {"n": 10**9},
         "no-tokens": {"max_completion_tokens": 0},
         "seed-too-large": {"seed": 2**64},
-        "five-stops": {"stop": list("abcde")},
+        "too-many-stops": {"stop": [str(number) for number in range(33)]},
         "unknown": {"__class__": "os.system"},
         "bias-beyond-the-vocabulary": {"logit_bias": {"999999": 1}},
         "schema-that-refers-to-the-web": _json({"$ref": "http://169.254.169.254/"}),

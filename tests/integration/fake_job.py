@@ -67,7 +67,7 @@ def nightly(config: Path, *arguments: str, **variables: str) -> Outcome:
         capture_output=True,
         text=True,
         env=environment(**variables),
-        timeout=400,
+        timeout=800,
     )
     return done.returncode, _result(done.returncode, done.stdout, done.stderr), done.stderr
 

@@ -653,7 +653,7 @@ def test_deaths_of_suspects_alone_are_bounded_too() -> None:
             cluster.end(cluster.working[0])
             list(pool.step(0))
             deaths += 1
-        assert deaths == 13
+        assert deaths == 9
 
 
 def test_a_drained_replica_gives_its_shards_back_undone() -> None:

@@ -11,6 +11,7 @@ Every block holds exactly one shard. Conversions are lossless and need no schema
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -24,7 +25,7 @@ import pyarrow.compute as pc
 
 from pipeline import logprobs
 from pipeline.arrow_types import conformed, large_type
-from pipeline.errors import ErrorCode
+from pipeline.errors import ErrorCode, RowError
 from pipeline.plan import FirstUse, Shard
 from pipeline.redact import redacted_text
 from pipeline.sampling import Sampling
@@ -531,6 +532,23 @@ def _outcome(record: Mapping[str, Any]) -> Outcome:
         tool_calls=tuple(ToolCall(**call) for call in record["tool_calls"] or ()),
         code=code,
         message=message,
+    )
+
+
+def engine_failure(item: Prepared, sample_index: int, error: RowError, attempts: int) -> Failure:
+    """The failure of a sample that was ready for an engine, as of now."""
+    return Failure(
+        input_row=item.input_row,
+        custom_id=item.custom_id,
+        code=error.code,
+        message=error.message,
+        seed=item.seeds[sample_index],
+        sample_index=sample_index,
+        attempts=attempts,
+        prompt_tokens=item.prompt_tokens,
+        image_tokens=item.image_tokens,
+        sampling=item.sampling.as_json,
+        finished_at=round(time.time(), 3),
     )
 
 

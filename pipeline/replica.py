@@ -45,6 +45,7 @@ from pipeline.records import (
     Prepared,
     SampleKey,
     ToolCall,
+    engine_failure,
     well_formed,
 )
 from pipeline.structured import Structure, is_closed, violation
@@ -389,7 +390,7 @@ class Replica:
         except (EngineError, asyncio.CancelledError):
             raise
         except BaseException as error:  # noqa: BLE001 - told apart in _row_error
-            return _failure(key, item, _row_error(error, item), attempts)
+            return engine_failure(item, key[2], _row_error(error, item), attempts)
         return None
 
     async def _admitted(self, key: Key) -> _Life | None:
@@ -773,23 +774,6 @@ def _completion(
         prompt_digest=item.digest,
         completion_digest=output.completion_digest,
         stop_reason=output.stop_reason,
-    )
-
-
-def _failure(key: Key, item: Prepared, error: RowError, attempts: int) -> Failure:
-    _, row, index = key
-    return Failure(
-        input_row=row,
-        custom_id=item.custom_id,
-        code=error.code,
-        message=error.message,
-        seed=item.seeds[index],
-        sample_index=index,
-        attempts=attempts,
-        prompt_tokens=item.prompt_tokens,
-        image_tokens=item.image_tokens,
-        sampling=item.sampling.as_json,
-        finished_at=_now(),
     )
 
 

@@ -28,9 +28,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pipeline import storage
-from pipeline.errors import EngineError, ErrorCode
+from pipeline.errors import EngineError, ErrorCode, RowError
 from pipeline.journal import TRIAL_SUFFIX, Journal
-from pipeline.records import Failure, Outcome, Prepared, SampleKey
+from pipeline.records import Failure, Outcome, Prepared, SampleKey, engine_failure
 from pipeline.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -193,22 +193,9 @@ def missing(item: Prepared, done: Collection[SampleKey]) -> list[int]:
 
 def _fatal(item: Prepared, samples: Sequence[int], deaths: int) -> list[Outcome]:
     log.warning("row %d ends the processes of replicas", item.input_row)
-    return [
-        Failure(
-            input_row=item.input_row,
-            custom_id=item.custom_id,
-            code=ErrorCode.ENGINE_FATAL,
-            message=f"{deaths} replicas' processes ended with this row alone in their engines",
-            seed=item.seeds[index],
-            sample_index=index,
-            attempts=deaths,
-            prompt_tokens=item.prompt_tokens,
-            image_tokens=item.image_tokens,
-            sampling=item.sampling.as_json,
-            finished_at=round(time.time(), 3),
-        )
-        for index in samples
-    ]
+    message = f"{deaths} replicas' processes ended with this row alone in their engines"
+    error = RowError(ErrorCode.ENGINE_FATAL, message)
+    return [engine_failure(item, index, error, deaths) for index in samples]
 
 
 def _read(uri: str, run: str) -> Trial | None:

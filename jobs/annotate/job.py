@@ -147,10 +147,7 @@ def annotate(
     work = _Work(config, first, answer, dataset, uri, options, start_engine, started)
     if options.new_run:
         _discard(work)
-    try:
-        done = _run(work)
-    finally:
-        name_run(uri)  # which the attempts' runs have told otherwise
+    done = _run(work)
     result = _finish(work, done) if done.is_whole else _stopped(work, done)
     _summarize(result)
     return result
